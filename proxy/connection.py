@@ -1,0 +1,433 @@
+"""F2 connection: one TCP connection to an upstream, which serves one exchange after another.
+
+Why not aiohttp's client: bytes that an upstream pushes on an idle pooled connection become the next
+request's answer there (aiohttp #13656), a head that drips byte by byte never times out, its parser
+is lenient in production, and it costs more than everything else in a relayed request together.
+
+An exchange walks through these states; whatever breaks the walk goes to whoever waits, the caller
+of `head` or the receiver of the body, as one ProxyError:
+
+    IDLE ── begin ──► HEAD ── final head read ──► BODY ── its own end ──► IDLE (or CLOSED)
+      └────── any byte, or the upstream's close ──────────────────────────► CLOSED
+
+The body is pushed, not pulled: in BODY each `data_received` hands its payload to the receiver in
+the same call, without a task switch. Two clocks watch: `first_byte` until the head is whole, and
+`idle` between two reads of the body, which stands still while reading is paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, cast
+
+from aiohappyeyeballs import AddrInfoType, start_connection
+
+from proxy.errors import ProxyError
+from proxy.framing import Body, FramingError, HeadReader, ResponseHead, body_of
+
+_BACKLOG = 64 * 1024  # bytes of a body held while nobody receives it yet
+_HAPPY_EYEBALLS_DELAY = 0.25  # seconds until the next address is tried too (RFC 8305 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where connections go: host and port, `tls` for https, `label` for messages."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+    label: str
+
+
+class Receiver(Protocol):
+    """Whoever takes an answer's body."""
+
+    def payload(self, data: bytes) -> None:
+        """Some bytes of the body, never none."""
+
+    def ended(self, error: ProxyError | None) -> None:
+        """The body is whole, or `error` says why it never will be. Called once."""
+
+
+class State(Enum):
+    IDLE = "idle"
+    HEAD = "waiting for a head"
+    BODY = "in a body"
+    CLOSED = "closed"
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection. `label` names the upstream in messages.
+
+    `reused` is true once an exchange has ended on it and another begins: only then may its death
+    before the first byte be nobody's fault (RFC 9112 9.3.1).
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.state = State.IDLE
+        self.reused = False
+        self.answered = False  # a byte has come in this exchange
+        self.transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._method = ""
+        self._reader = HeadReader()
+        self._head: asyncio.Future[ResponseHead] | None = None
+        self._body: Body | None = None
+        self._keeps_alive = False
+        self._request_sent = False
+        self._receiver: Receiver | None = None
+        self._backlog: list[bytes] = []
+        self._backlog_size = 0
+        self._ending: list[ProxyError | None] = []  # how the body ended, until someone is told
+        self._writable: asyncio.Future[None] | None = None
+        self._write_paused = False
+        self._read_paused = False
+        self._silence = Clock(self._loop, self._fell_silent)
+        self._total = Clock(self._loop, self._took_too_long)
+        self._idle_timeout = 0.0
+
+    def __repr__(self) -> str:
+        return f"<UpstreamConnection {self.label} {self.state.value}>"
+
+    # The exchange, as its owner drives it.
+
+    def begin(self, method: str, *, first_byte: float, idle: float, total: float | None) -> None:
+        """Starts an exchange. The timeouts are in seconds."""
+        assert self.state is State.IDLE
+        self.state = State.HEAD
+        self._method = method
+        self._reader = HeadReader()
+        self._head = self._loop.create_future()
+        self._body = None
+        self._receiver = None
+        self._request_sent = False
+        self.answered = False
+        self._idle_timeout = idle
+        self._silence.start(first_byte)
+        if total is not None:
+            self._total.start(total)
+
+    def write(self, data: bytes) -> None:
+        """Sends a part of the request; the first-byte clock begins anew."""
+        if self.transport is not None and self.state is not State.CLOSED:
+            self.transport.write(data)
+            self._silence.touch()
+
+    def request_sent(self) -> None:
+        """Says that the request is whole: without it the connection is not used again."""
+        self._request_sent = True
+
+    async def drain(self) -> None:
+        """Waits while the upstream does not take what was written; returns when it is lost too."""
+        if self._write_paused and self.state is not State.CLOSED:
+            self._writable = self._loop.create_future()
+            await self._writable
+
+    async def head(self) -> ResponseHead:
+        """The final response head. Raises ProxyError: aborted, invalid, timeout."""
+        assert self._head is not None
+        return await self._head
+
+    def deliver_to(self, receiver: Receiver) -> None:
+        """Hands the body to `receiver`: at once what has come already, then as it comes."""
+        backlog, self._backlog, self._backlog_size = self._backlog, [], 0
+        if backlog:
+            receiver.payload(backlog[0] if len(backlog) == 1 else b"".join(backlog))
+        self._receiver = receiver
+        if self._ending:
+            receiver.ended(self._ending.pop())
+        elif self._read_paused:
+            self.resume()
+
+    def pause(self) -> None:
+        """Stops reading, as the client does not keep up."""
+        if not self._read_paused and self.transport is not None:
+            self._read_paused = True
+            self._silence.stop()
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Reads on; the time spent paused does not count as silence."""
+        if self._read_paused and self.transport is not None:
+            self._read_paused = False
+            self.transport.resume_reading()
+            if self.state is State.BODY:
+                self._silence.start(self._idle_timeout)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether its exchange ended so that another may follow."""
+        return self.state is State.IDLE and self.transport is not None
+
+    def abort(self) -> None:
+        """Closes at once and tells nobody: the upstream sees it, and stops generating."""
+        self._receiver = None
+        self._close(None)
+
+    def fail(self, error: ProxyError) -> None:
+        """Ends the exchange with `error`, for whoever waits for its head or receives its body."""
+        self._close(error)
+        self._tell(error)
+
+    # What the transport tells.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        body = self._body
+        if body is None:
+            self._head_received(data)
+            return
+        self._silence.touch()
+        try:
+            payload = body.feed(data)
+        except FramingError as error:
+            self.fail(self._invalid(error))
+            return
+        if payload:
+            if self._receiver is not None:
+                self._receiver.payload(payload)
+            else:
+                self._hold(payload)
+        if body.done and self.state is State.BODY:  # the receiver may have closed it meanwhile
+            self._complete(body)
+
+    def eof_received(self) -> bool:
+        self._lost(cleanly=True)
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost(cleanly=exc is None)
+        self.transport = None
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        self._wake_writer()
+
+    # How states change: here and nowhere else.
+
+    def _head_received(self, data: bytes) -> None:
+        if self.state is not State.HEAD or self._head is None:
+            # Nobody asked: were it kept, the next request would get it as its answer.
+            self._close(None)
+            return
+        self.answered = True
+        try:
+            found = self._reader.feed(data)
+            if found is None:
+                return
+            head, rest = found
+            body = body_of(head, self._method)
+        except FramingError as error:
+            self.fail(self._invalid(error))
+            return
+        self.state = State.BODY
+        self._body = body
+        self._keeps_alive = head.keeps_alive
+        self._silence.start(self._idle_timeout)
+        if not self._head.done():
+            self._head.set_result(head)
+        if rest:
+            self.data_received(rest)
+        elif body.done:
+            self._complete(body)
+
+    def _hold(self, payload: bytes) -> None:
+        self._backlog.append(payload)
+        self._backlog_size += len(payload)
+        if self._backlog_size > _BACKLOG:
+            self.pause()
+
+    def _complete(self, body: Body) -> None:
+        self._silence.stop()
+        self._total.stop()
+        reusable = (
+            body.reusable and self._keeps_alive and self._request_sent and not body.surplus
+        )
+        self._body = None
+        if reusable:
+            self.state = State.IDLE
+            self.reused = True
+            self.resume()
+        else:
+            self._close(None)
+        self._tell(None)
+
+    def _lost(self, *, cleanly: bool) -> None:
+        """The upstream closed: the end of a body until close, else of whatever was going on."""
+        if self.state is State.HEAD:
+            when = "in the middle of its head" if self.answered else "without an answer"
+            self.fail(self._aborted(f"closed the connection {when}"))
+        elif self.state is State.BODY and self._body is not None:
+            body = self._body
+            try:
+                if not cleanly:  # a reset ends no body, not even one until close
+                    raise FramingError("the connection was reset")
+                body.eof()
+            except FramingError as error:
+                self.fail(self._aborted(f"cut its answer short: {error}"))
+            else:
+                self._complete(body)
+        else:
+            self._close(None)
+
+    def _fell_silent(self) -> None:
+        clock = "first_byte" if self.state is State.HEAD else "idle"
+        self.fail(self._timed_out(clock, self._silence.after))
+
+    def _took_too_long(self) -> None:
+        self.fail(self._timed_out("total", self._total.after))
+
+    def _close(self, error: ProxyError | None) -> None:
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        self._silence.stop()
+        self._total.stop()
+        self._body = None
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(error or self._aborted("was let go"))
+            self._head.exception()  # an owner that has left is no reason to log
+        if self.transport is not None:
+            self.transport.abort()
+        self._wake_writer()
+
+    def _tell(self, ending: ProxyError | None) -> None:
+        if self._receiver is not None:
+            receiver, self._receiver = self._receiver, None
+            receiver.ended(ending)
+        else:
+            self._ending.append(ending)
+
+    def _wake_writer(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # What can be said of it.
+
+    def _invalid(self, error: FramingError) -> ProxyError:
+        return ProxyError(
+            "upstream_invalid",
+            f"Upstream '{self.label}' sent an answer that is not valid HTTP/1.1: {error}.",
+        )
+
+    def _aborted(self, what: str) -> ProxyError:
+        return ProxyError("upstream_aborted", f"Upstream '{self.label}' {what}.")
+
+    def _timed_out(self, clock: str, after: float) -> ProxyError:
+        return ProxyError(
+            "upstream_timeout",
+            f"Upstream '{self.label}' ran into its {clock} timeout of {after:g} s.",
+            clock=clock,
+        )
+
+
+class Clock:
+    """Calls back when `after` seconds have passed since the last `touch`.
+
+    A touch stores the time and nothing else; the timer looks at it when it fires and sleeps on for
+    what is left. So a stream's every read costs an assignment, not a cancelled and a new timer.
+    """
+
+    __slots__ = ("_callback", "_handle", "_loop", "_touched", "after")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._handle: asyncio.TimerHandle | None = None
+        self._touched = 0.0
+        self.after = 0.0
+
+    def start(self, after: float) -> None:
+        """Starts anew with a timeout of `after` seconds."""
+        self.stop()
+        self.after = after
+        self._touched = self._loop.time()
+        self._handle = self._loop.call_later(after, self._look)
+
+    def touch(self) -> None:
+        self._touched = self._loop.time()
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _look(self) -> None:
+        left = self._touched + self.after - self._loop.time()
+        if left > 0:
+            self._handle = self._loop.call_later(left, self._look)
+        else:
+            self._handle = None
+            self._callback()
+
+
+async def connect(origin: Origin, timeout: float) -> UpstreamConnection:
+    """A new connection, with TLS verified where the origin has it.
+
+    Several addresses are tried as RFC 8305 says. `timeout` in seconds covers the name, TCP and TLS.
+    Raises ProxyError: upstream_unreachable, upstream_timeout (connect).
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout):
+            addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+            sock = await start_connection(
+                cast(list[AddrInfoType], addresses), happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY
+            )
+            _, connection = await loop.create_connection(
+                lambda: UpstreamConnection(origin.label),
+                sock=sock,
+                ssl=origin.tls,
+                server_hostname=origin.host if origin.tls else None,
+            )
+            return connection
+    except TimeoutError:
+        raise ProxyError(
+            "upstream_timeout",
+            f"Upstream '{origin.label}' ran into its connect timeout of {timeout:g} s.",
+            clock="connect",
+        ) from None
+    except ssl.SSLError as error:
+        raise _unreachable(origin, f"TLS failed ({_tls_reason(error)})") from error
+    except OSError as error:
+        raise _unreachable(origin, _os_reason(error)) from error
+
+
+def _unreachable(origin: Origin, reason: str) -> ProxyError:
+    return ProxyError(
+        "upstream_unreachable", f"Upstream '{origin.label}' could not be reached: {reason}."
+    )
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate was refused: {error.verify_message}"
+    return (error.reason or "unknown reason").lower().replace("_", " ")
+
+
+def _os_reason(error: OSError) -> str:
+    """A reason without addresses, which are nothing for a client to know."""
+    if error.errno is not None and error.errno in errno.errorcode:
+        return _OS_WORDS.get(error.errno, errno.errorcode[error.errno])
+    return "its name could not be resolved, or no address of it answered"
+
+
+_OS_WORDS = {
+    errno.ECONNREFUSED: "connection refused",
+    errno.EHOSTUNREACH: "no route to the host",
+    errno.ENETUNREACH: "the network is unreachable",
+    errno.ECONNRESET: "connection reset",
+    errno.EMFILE: "this process has no file descriptors left",
+}

@@ -1,0 +1,120 @@
+"""F1 exchange: one request as plain data: what was asked (`Ask`), what became of it (`Exchange`).
+
+`Exchange` is the one mutable record of a request. Whoever learns something writes it here;
+metrics and the access line are written from it, at its end, in `observe`. Times are in seconds of
+the monotonic clock; `None` means that it did not come to that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from proxy.errors import Dialect, ProxyError
+from proxy.framing import Header
+
+
+class Outcome(Enum):
+    """How a request ended for which an upstream was asked."""
+
+    COMPLETED = "completed"
+    CLIENT_GONE = "client_gone"
+    UPSTREAM_ERROR = "upstream_error"  # no answer
+    UPSTREAM_TRUNCATED = "upstream_truncated"  # cut after the head
+    FIRST_BYTE_TIMEOUT = "first_byte_timeout"
+    IDLE_TIMEOUT = "idle_timeout"
+    TOTAL_TIMEOUT = "total_timeout"
+    SHUTDOWN = "shutdown"
+    KILLED = "killed"
+
+
+class Phase(Enum):
+    """How far a request has come."""
+
+    READING = "reading"  # the client's request
+    WAITING = "waiting"  # for the upstream's head
+    RELAYING = "relaying"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A request body that streams up as it comes: it can't be sent twice.
+
+    `length` is its declared Content-Length in bytes; None if it is chunked. `pieces` raises
+    ProxyError when the client stalls or exceeds `max_body`.
+    """
+
+    length: int | None
+    pieces: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What the client asked for: the parsed request beside its raw bytes.
+
+    `target` is the path behind `/v1` and the query, as they came. `body` is whole, streams, or is
+    None if the request has none. `model` and `stream` are read from a JSON body; None and False if
+    it is none.
+    """
+
+    method: str
+    target: bytes
+    headers: tuple[Header, ...]
+    body: bytes | Upload | None = None
+    model: str | None = None
+    stream: bool = False
+
+
+@dataclass(slots=True)
+class Exchange:
+    """The record of one request."""
+
+    id: str  # ours, unique
+    request_id: str  # the client's if it gave a usable one
+    method: str
+    path: str
+    received: float
+    client: str = "anonymous"
+    route: str = "none"
+    model: str | None = None
+    upstream: str | None = None
+    attempts: int = 0
+    attempt_results: list[tuple[str, str]] = field(default_factory=list)  # (upstream, result)
+    phase: Phase = Phase.READING
+    status: int | None = None
+    stream: bool = False  # the answer is an event stream
+    outcome: Outcome | None = None
+    read: float | None = None  # the request's last byte
+    forwarded: float | None = None  # our first byte to the upstream
+    first_byte: float | None = None  # the upstream's head
+    first_token: float | None = None
+    last_payload: float | None = None
+    ended: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    chunks: int = 0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    task: asyncio.Task[object] | None = None
+    interruption: ProxyError | None = None
+
+    @property
+    def dialect(self) -> Dialect:
+        return Dialect.of(self.path)
+
+    def interrupt(self, error: ProxyError) -> None:
+        """Ends the request with `error`, in whatever phase it is: a kill, or the end of a drain."""
+        if self.interruption is None and self.task is not None and not self.task.done():
+            self.interruption = error
+            self.task.cancel()
+
+    def interrupted(self) -> ProxyError | None:
+        """To be asked by whoever catches CancelledError: the error, if it was `interrupt`.
+
+        None means that the client has left. The cancellation counts as dealt with.
+        """
+        if self.interruption is not None and self.task is not None:
+            self.task.uncancel()
+        return self.interruption

@@ -1,0 +1,67 @@
+"""F2 pool: idle upstream connections of one origin, most recently used first."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Awaitable, Callable
+
+from proxy.connection import UpstreamConnection
+
+MAX_IDLE = 256  # connections kept
+# Seconds an idle connection is kept: below most servers' own limit, and new connections resolve the
+# name anew, so that a changed DNS answer is followed within this time.
+KEEP_IDLE = 25.0
+
+Connect = Callable[[], Awaitable[UpstreamConnection]]
+
+
+class Pool:
+    """Hands out connections; whoever takes one gives it back with `release`, in every ending."""
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._idle: list[tuple[float, UpstreamConnection]] = []
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Pool idle={len(self._idle)}{' closed' if self._closed else ''}>"
+
+    async def acquire(self, *, fresh: bool = False) -> UpstreamConnection:
+        """An idle connection, else a new one; always a new one with `fresh`."""
+        while self._idle and not fresh:
+            since, connection = self._idle.pop()
+            age = asyncio.get_running_loop().time() - since
+            if connection.reusable and age < KEEP_IDLE and not _has_input(connection):
+                return connection
+            connection.abort()
+        return await self._connect()
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """Takes a connection back: kept if its exchange ended cleanly, else closed."""
+        now = asyncio.get_running_loop().time()
+        while self._idle and now - self._idle[0][0] >= KEEP_IDLE:
+            self._idle.pop(0)[1].abort()
+        if connection.reusable and not self._closed and len(self._idle) < MAX_IDLE:
+            self._idle.append((now, connection))
+        else:
+            connection.abort()
+
+    def close(self) -> None:
+        """Closes what is idle; what is in use is closed when it comes back."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop()[1].abort()
+
+
+def _has_input(connection: UpstreamConnection) -> bool:
+    """Whether bytes, or the upstream's close, wait in the socket unread.
+
+    The event loop has not seen them yet, so the connection still looks idle: what an upstream
+    pushed there would be read as the answer to the next request (aiohttp #13656).
+    """
+    assert connection.transport is not None
+    socket = connection.transport.get_extra_info("socket")
+    poll = select.poll()
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))

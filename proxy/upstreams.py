@@ -1,0 +1,82 @@
+"""F2 upstreams: the configured upstreams, ready to be asked."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+
+from proxy import config
+from proxy.connection import Origin, connect
+from proxy.framing import Header
+from proxy.headers import UpstreamRules
+from proxy.pool import Connect, Pool
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Upstream:
+    """One upstream: where it is, what its requests bear, and its connections.
+
+    `last_error` is the code of the last failed attempt, None after a success: reported by /readyz.
+    """
+
+    def __init__(self, name: str, settings: config.Upstream, connect: Connect | None) -> None:
+        url = urlsplit(settings.base_url)
+        fixed = tuple(
+            (key.encode("latin-1"), value.get_secret_value().encode("latin-1"))
+            for key, value in settings.headers.items()
+        )
+        self.name = name
+        self.timeouts = settings.timeouts
+        self.prefix = url.path.rstrip("/").encode("ascii")
+        self._key = settings.key_source()
+        self._auth = settings.auth
+        self.rules = UpstreamRules(url.netloc.encode("ascii"), fixed, injects=self.injects)
+        self.dropped = self.rules.dropped
+        self.pool = Pool(connect or _connector(name, settings))
+        self.last_error: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.name} {self.pool!r}>"
+
+    @property
+    def injects(self) -> bool:
+        """Whether a key of ours goes up, and so no client's does."""
+        return self._key is not None and self._auth != "none"
+
+    def credential(self) -> Header | None:
+        """The header that bears our key, as the key is now."""
+        if self._key is None or self._auth == "none":
+            return None
+        key = self._key.value().encode("ascii")
+        match self._auth:
+            case "bearer":
+                return (b"Authorization", b"Bearer " + key)
+            case "x-api-key":
+                return (b"x-api-key", key)
+            case "api-key":
+                return (b"api-key", key)
+
+
+def build(
+    settings: Mapping[str, config.Upstream], demo: Callable[[], Connect]
+) -> dict[str, Upstream]:
+    """All upstreams by name; `demo` gives the connections to the embedded one."""
+    return {
+        name: Upstream(name, upstream, demo() if upstream.demo else None)
+        for name, upstream in settings.items()
+    }
+
+
+def _connector(name: str, settings: config.Upstream) -> Connect:
+    url = urlsplit(settings.base_url)
+    assert url.hostname is not None  # config has seen to it
+    tls = None
+    if url.scheme == "https":
+        tls = ssl.create_default_context(cafile=settings.ca_file)
+        tls.set_alpn_protocols(["http/1.1"])
+    origin = Origin(url.hostname, url.port or _DEFAULT_PORTS[url.scheme], tls, name)
+    return lambda: connect(origin, settings.timeouts.connect)
+
+
