@@ -1,0 +1,87 @@
+"""F6 process: argv to exit code.
+
+0: stopped as asked; 1: failed while running; 2: bad config or arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from proxy import __version__, config, logs, server
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `sluice` with these arguments (default: the process's own); returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "schema":
+        print(json.dumps(config.schema(), indent=2))
+        return 0
+
+    def load() -> config.Config:
+        return config.load(
+            arguments.config, os.environ, host=arguments.host, port=arguments.port
+        )
+
+    try:
+        loaded = load()
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.command == "check":
+        print(config.render(loaded), end="")
+        return 0
+    logs.configure(loaded.log.format, loaded.log.level)
+    return _serve(loaded, load)
+
+
+def _serve(loaded: config.Config, load: server.Load) -> int:
+    async def run() -> None:
+        await server.Process(loaded, load).run()
+
+    try:
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            runner.run(run())
+    except server.BindError as error:
+        print(f"sluice: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's loop where there is one: it has no Windows version."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sluice", description="A streaming reverse proxy for chat completions."
+    )
+    parser.add_argument("--version", action="version", version=f"sluice {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="{check,schema}")
+    check = commands.add_parser("check", help="validate the config and print what holds")
+    commands.add_parser("schema", help="print the JSON Schema of the config")
+    _add_options(parser, Path("config.yaml"), None)
+    # Without defaults of its own, lest they overwrite what stood before the word `check`.
+    _add_options(check, argparse.SUPPRESS, argparse.SUPPRESS)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, config: Any, override: Any) -> None:
+    parser.add_argument("--config", type=Path, default=config, help="default: ./config.yaml")
+    parser.add_argument("--host", default=override, help="listen here instead of the file's host")
+    parser.add_argument("--port", type=int, default=override, help="and on this port")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""F5 app: every object is built here, once; and every error becomes an answer here, once.
+
+What a config decides is one value, `Setup`, which a reload swaps whole: requests that have begun
+keep the one they began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from proxy import upstreams
+from proxy.chat import Chat
+from proxy.config import Config
+from proxy.cors import Cors, is_preflight
+from proxy.demo import Demo
+from proxy.downstream import Server, Timeouts
+from proxy.errors import Dialect, ProxyError
+from proxy.exchange import Exchange, Outcome
+from proxy.forward import Forwarder
+from proxy.headers import client_address, request_id
+from proxy.inbound import PREFIX, Bounds, path_of
+from proxy.observe import Observer, new_id
+from proxy.ops import Ops
+from proxy.relay import outcome_of
+from proxy.routing import Router
+from proxy.upstreams import Upstream
+
+log = logging.getLogger("sluice.app")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All that follows from one config."""
+
+    config: Config
+    upstreams: Mapping[str, Upstream]
+    cors: Cors
+    chat: Chat
+
+    @classmethod
+    def of(cls, config: Config, demo: Demo, clock: Callable[[], float]) -> Setup:
+        built = upstreams.build(config.upstreams, lambda: demo.connect)
+        chat = Chat(
+            Bounds(config.max_body, config.client_timeouts.body),
+            Router(config.routes),
+            Forwarder(built, clock),
+            clock,
+        )
+        return cls(config, built, Cors(config.cors.origins), chat)
+
+    def close(self) -> None:
+        """Closes idle upstream connections; those in use close when they come back."""
+        for upstream in self.upstreams.values():
+            upstream.pool.close()
+
+
+class App:
+    """The proxy without its sockets. To be built on a running event loop."""
+
+    def __init__(self, config: Config) -> None:
+        self._clock = time.monotonic
+        self._demo = Demo()
+        self._setup = Setup.of(config, self._demo, self._clock)
+        self.observer = Observer(config, self._clock)
+        admin_key = config.admin.key.get_secret_value() if config.admin.key else None
+        self._ops = Ops(
+            self.observer,
+            admin_key,
+            draining=lambda: self.draining,
+            upstreams=lambda: self._setup.upstreams,
+            clock=self._clock,
+        )
+        self._admin_apart = config.admin.port is not None
+        self.draining = False  # /readyz says so
+        self.refusing = False  # and new work is refused
+
+    def server(self, *, admin: bool = False) -> Server:
+        """A protocol factory for a listening socket: the main one's, or the admin port's."""
+        timeouts = self._setup.config.client_timeouts
+        return Server(
+            self._handle_admin if admin else self._handle,
+            timeouts=Timeouts(timeouts.head, timeouts.keep_alive, timeouts.write),
+            refuse=self._refuse,
+        )
+
+    def reload(self, config: Config) -> None:
+        """Lets `config` hold for new requests; those in progress go on untouched."""
+        old, self._setup = self._setup, Setup.of(config, self._demo, self._clock)
+        self.observer.use(config)
+        old.close()
+
+    async def close(self) -> None:
+        """Lets go of upstream connections and of the embedded upstream."""
+        self._setup.close()
+        await self._demo.close()
+
+    # The error boundary.
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answers a request on the main port: on the proxy's own paths, or by relaying it."""
+        path = path_of(request.raw_path)
+        own = self._own(request, path, admin=not self._admin_apart)
+        if own is not None:
+            return own
+        offered = request_id(request.headers.get("X-Request-Id"))
+        with self.observer.exchange(request.method, path, offered) as exchange:
+            self._trace(request, exchange)
+            try:
+                answer = await self._story(request, path, exchange)
+            except ProxyError as error:
+                answer = self._error(request, exchange.request_id, error)
+            except asyncio.CancelledError:
+                interruption = exchange.interrupted()
+                if interruption is None:
+                    raise
+                exchange.outcome = outcome_of(interruption, Outcome.CLIENT_GONE)
+                answer = self._error(request, exchange.request_id, interruption)
+            except Exception:
+                log.exception("internal_error", extra={"fields": {"id": exchange.request_id}})
+                answer = self._error(request, exchange.request_id, _internal_error())
+            exchange.status = answer.status
+            return answer
+
+    async def _story(
+        self, request: web.BaseRequest, path: str, exchange: Exchange
+    ) -> web.StreamResponse:
+        setup = self._setup
+        if self.refusing:
+            raise _shutting_down()
+        if is_preflight(request.method, request.headers):
+            headers = setup.cors.preflight(request.headers)
+            answer = web.Response(status=204, headers=headers)
+            return self._signed(answer, request, exchange.request_id)
+        setup.cors.judge(request.headers)
+        if not path.startswith(PREFIX + "/"):
+            raise _unknown_url()
+        ours = self._ours(request, exchange.request_id)
+        return await setup.chat.answer(
+            request, exchange, [(key.encode(), value.encode()) for key, value in ours.items()]
+        )
+
+    async def _handle_admin(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answers a request on the admin port."""
+        own = self._own(request, path_of(request.raw_path), admin=True)
+        return self._error(request, new_id(), _unknown_url()) if own is None else own
+
+    def _own(self, request: web.BaseRequest, path: str, *, admin: bool) -> web.Response | None:
+        """The answer on one of the proxy's own paths; None if `path` is none of them."""
+        try:
+            answer = self._ops.answer(request, path, admin=admin)
+        except ProxyError as error:
+            return self._error(request, new_id(), error)
+        return None if answer is None else self._signed(answer, request, new_id())
+
+    def _refuse(self, error: ProxyError) -> web.Response:
+        """The answer to what never became a request; it counts like one."""
+        with self.observer.exchange("-", "-", None) as exchange:
+            exchange.status = error.status
+            headers = {"Sluice-Request-Id": exchange.request_id, "Server": "sluice"}
+            body = error.body(Dialect.CHAT)
+            answer = web.Response(
+                status=error.status, body=body, headers=error.headers() | headers
+            )
+            answer.force_close()
+            return answer
+
+    # What answers of ours bear.
+
+    def _error(
+        self, request: web.BaseRequest, request_id: str, error: ProxyError
+    ) -> web.Response:
+        """The one rendering of an error as an HTTP answer."""
+        body = error.body(Dialect.of(path_of(request.raw_path)))
+        answer = web.Response(status=error.status, body=body, headers=error.headers())
+        if error.close:
+            answer.force_close()
+        return self._signed(answer, request, request_id)
+
+    def _signed(
+        self, answer: web.Response, request: web.BaseRequest, request_id: str
+    ) -> web.Response:
+        answer.headers["Server"] = "sluice"
+        answer.headers.update(self._ours(request, request_id))
+        return answer
+
+    def _ours(self, request: web.BaseRequest, request_id: str) -> dict[str, str]:
+        """The headers of every answer, relayed or our own."""
+        return {"Sluice-Request-Id": request_id, **self._setup.cors.headers(request.headers)}
+
+    def _trace(self, request: web.BaseRequest, exchange: Exchange) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            address = client_address(
+                request.remote or "",
+                request.headers.getall("X-Forwarded-For", []),
+                self._setup.config.trusted_proxies,
+            )
+            fields = {"request_id": exchange.request_id, "address": address}
+            log.debug("received", extra={"fields": fields})
+
+
+def _unknown_url() -> ProxyError:
+    return ProxyError(
+        "unknown_url",
+        f"There is nothing here. Requests to an upstream go to {PREFIX}/…, such as "
+        f"{PREFIX}/chat/completions.",
+    )
+
+
+def _shutting_down() -> ProxyError:
+    return ProxyError(
+        "shutting_down",
+        "The proxy is shutting down. Try again on a new connection.",
+        retry_after=1,
+        close=True,
+    )
+
+
+def _internal_error() -> ProxyError:
+    return ProxyError(
+        "internal_error", "The proxy itself failed; its log says why, under this request's id."
+    )

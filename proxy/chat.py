@@ -1,0 +1,64 @@
+"""F4 chat: one relayed request, from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from proxy.downstream import Sink
+from proxy.errors import ProxyError
+from proxy.exchange import Exchange, Outcome
+from proxy.forward import Answer, Forwarder
+from proxy.framing import Header
+from proxy.inbound import Bounds, read_ask
+from proxy.relay import outcome_of, relay
+from proxy.routing import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What a request is relayed with. `clock` gives monotonic seconds."""
+
+    bounds: Bounds
+    router: Router
+    forwarder: Forwarder
+    clock: Callable[[], float]
+
+    async def answer(
+        self, request: web.BaseRequest, exchange: Exchange, ours: Iterable[Header]
+    ) -> web.StreamResponse:
+        """Relays one request; `ours` are the headers that every answer of ours bears.
+
+        Raises ProxyError while the head has not gone out. Afterwards a failure ends the answer in
+        the way that its client can see.
+        """
+        ask = await read_ask(request, self.bounds)
+        exchange.read, exchange.model = self.clock(), ask.model
+        route = self.router.resolve(ask.model)
+        exchange.route = route.name
+        try:
+            async with await self.forwarder.open(route, ask, exchange) as answer:
+                sink = commit(request, answer, exchange, ours)
+                await relay(answer, sink, exchange, self.clock)
+                return sink
+        except ProxyError as error:
+            exchange.outcome = outcome_of(error, Outcome.UPSTREAM_ERROR)
+            raise
+        finally:  # the client has left, or an upstream was asked in vain
+            exchange.outcome = exchange.outcome or Outcome.CLIENT_GONE
+
+
+def commit(
+    request: web.BaseRequest, answer: Answer, exchange: Exchange, ours: Iterable[Header]
+) -> Sink:
+    """From here on nothing can be taken back: the client's answer has this upstream's head."""
+    exchange.status = answer.head.status
+    exchange.stream = answer.is_stream
+    said = [
+        *ours,
+        (b"Sluice-Upstream", (exchange.upstream or "").encode()),
+        (b"Sluice-Attempts", b"%d" % exchange.attempts),
+    ]
+    return Sink(request, answer.head, said, stream=answer.is_stream)

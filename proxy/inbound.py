@@ -1,0 +1,184 @@
+"""F3 inbound: from a client's request to an `Ask`: where it goes, what it asks for, its body.
+
+JSON bodies are read whole, since their model chooses the route; all others stream up as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+from aiohttp import HttpVersion11, web
+
+from proxy.errors import ProxyError
+from proxy.exchange import Ask, Upload
+from proxy.headers import is_loop
+
+PREFIX = "/v1"
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_REFUSED_METHODS = ("CONNECT", "TRACE")
+# UTF-8 sequences that are longer than need be: another spelling of ASCII, dots and slashes included
+_OVERLONG = re.compile(rb"[\xc0\xc1]|\xe0[\x80-\x9f]|\xf0[\x80-\x8f]")
+_SUSPICIOUS = re.compile(r"[.%\\]|//")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How large a body may be (bytes), and how long it may pause (seconds)."""
+
+    max_body: int
+    body_timeout: float
+
+
+def path_of(raw_target: str) -> str:
+    """The path of a request target, without its query; also of one in absolute form."""
+    path = raw_target.partition("?")[0]
+    if not path.startswith("/") and "://" in path:  # RFC 9112 3.2.2
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    return path
+
+
+def upstream_target(raw_target: str) -> bytes:
+    """What follows `/v1`, path and query, byte by byte as it came.
+
+    Raises ProxyError (invalid_path) for whatever an upstream could read as another path than the
+    one below its base URL.
+    """
+    if "#" in raw_target:
+        raise _invalid_path("must not contain a fragment (`#`)")
+    path = path_of(raw_target)
+    rest = path.removeprefix(PREFIX)
+    if _SUSPICIOUS.search(path):
+        _refuse_traversal(path, rest)
+    query = raw_target.partition("?")
+    return (rest + query[1] + query[2]).encode("utf-8", "surrogateescape")
+
+
+def _refuse_traversal(path: str, rest: str) -> None:
+    decoded = path.encode("utf-8", "surrogateescape")
+    while (once := unquote_to_bytes(decoded)) != decoded:  # each round is shorter
+        decoded = once
+    if path.startswith("//") or rest.startswith("//"):
+        raise _invalid_path("must not begin with two slashes")
+    if b"\\" in decoded:
+        raise _invalid_path("must not contain a backslash, in whatever encoding")
+    if _OVERLONG.search(decoded):
+        raise _invalid_path("contains overlong UTF-8")
+    # Some servers take `;` and what follows for parameters of the segment.
+    if any(segment.partition(b";")[0] in (b".", b"..") for segment in decoded.split(b"/")):
+        raise _invalid_path("must not contain dot segments, in whatever encoding")
+
+
+def _invalid_path(problem: str) -> ProxyError:
+    return ProxyError("invalid_path", f"The request's path {problem}.")
+
+
+async def read_ask(request: web.BaseRequest, bounds: Bounds) -> Ask:
+    """Reads the request. Raises ProxyError for what must not be forwarded."""
+    if request.method in _REFUSED_METHODS:
+        raise ProxyError(
+            "method_not_allowed",
+            f"{request.method} is not forwarded.",
+            extra_headers={"Allow": "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"},
+            close=True,
+        )
+    target = upstream_target(request.raw_path)
+    headers = request.raw_headers
+    if is_loop(headers):
+        raise ProxyError(
+            "loop_detected",
+            "This request has been through Sluice before: an upstream's base_url leads back here.",
+        )
+    _check_declared(request, bounds)
+    if not request.body_exists:
+        body = b"" if "Content-Length" in request.headers else None
+        return Ask(request.method, target, headers, body)
+    pieces = _pieces(request, bounds)
+    if not _is_json(request.headers.get("Content-Type", "")):
+        return Ask(request.method, target, headers, Upload(_declared_length(request), pieces))
+    whole = b"".join([piece async for piece in pieces])
+    model, stream = _peek(whole)
+    return Ask(request.method, target, headers, whole, model, stream)
+
+
+def _check_declared(request: web.BaseRequest, bounds: Bounds) -> None:
+    """Refuses by the head alone what would be refused later, so that the body need not be sent."""
+    expectation = request.headers.get("Expect")
+    if expectation is not None and expectation.lower() != "100-continue":
+        raise ProxyError(
+            "expectation_failed", "The only expectation that is met is 100-continue.", close=True
+        )
+    if (_declared_length(request) or 0) > bounds.max_body:
+        raise _too_large(bounds.max_body)
+
+
+def _declared_length(request: web.BaseRequest) -> int | None:
+    length = request.headers.get("Content-Length")
+    return None if length is None else int(length)
+
+
+def _is_json(content_type: str) -> bool:
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "application/json" or media_type.endswith("+json")
+
+
+async def _pieces(request: web.BaseRequest, bounds: Bounds) -> AsyncIterator[bytes]:
+    """The body as it comes, at most `max_body` bytes of it."""
+    if "Expect" in request.headers and request.version >= HttpVersion11 and request.transport:
+        request.transport.write(_CONTINUE)  # RFC 9110 10.1.1: now that the body will be read
+    content, size = request.content, 0
+    try:
+        while not content.at_eof():
+            piece = content.read_nowait() or await _next_piece(content, bounds.body_timeout)
+            size += len(piece)
+            if size > bounds.max_body:
+                raise _too_large(bounds.max_body)
+            if piece:
+                yield piece
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise ProxyError(
+            "invalid_request", "The request's body is malformed or was cut short.", close=True
+        ) from error
+
+
+async def _next_piece(content: Any, timeout: float) -> bytes:
+    try:
+        async with asyncio.timeout(timeout):
+            piece: bytes = await content.readany()
+            return piece
+    except TimeoutError:
+        raise ProxyError(
+            "request_timeout", f"The request's body stood still for {timeout:g} s.", close=True
+        ) from None
+
+
+def _too_large(max_body: int) -> ProxyError:
+    return ProxyError(
+        "request_too_large",
+        f"The request's body is larger than {max_body} bytes, the `max_body` of this proxy.",
+        close=True,
+    )
+
+
+class _Peek(msgspec.Struct):
+    """The two members of a request that choose its way; the others are skipped, not built."""
+
+    model: Any = None
+    stream: Any = None
+
+
+_peeker = msgspec.json.Decoder(_Peek)
+
+
+def _peek(body: bytes) -> tuple[str | None, bool]:
+    """Model and `stream` of a JSON body; a body that can't be read goes up as it is, unread."""
+    try:
+        peek = _peeker.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None, False
+    return peek.model if isinstance(peek.model, str) else None, peek.stream is True

@@ -1,0 +1,133 @@
+"""F4 ops: what operators ask the proxy itself: is it alive, is it ready, what is it doing."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from proxy.errors import ProxyError
+from proxy.exchange import Exchange
+from proxy.observe import CONTENT_TYPE, Observer
+from proxy.upstreams import Upstream
+
+_STREAMS = "/admin/streams"
+
+
+class Ops:
+    """Answers on the proxy's own paths.
+
+    `admin_key` None means that there is no /admin. `draining` and `upstreams` are asked anew for
+    every answer, as they change.
+    """
+
+    def __init__(
+        self,
+        observer: Observer,
+        admin_key: str | None,
+        *,
+        draining: Callable[[], bool],
+        upstreams: Callable[[], Mapping[str, Upstream]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._observer = observer
+        self._admin_key = admin_key
+        self._draining = draining
+        self._upstreams = upstreams
+        self._clock = clock
+
+    def answer(self, request: web.BaseRequest, path: str, *, admin: bool) -> web.Response | None:
+        """The answer on one of the proxy's own paths, else None; /metrics and /admin are among
+        them with `admin` only, as they may have a port of their own. Raises ProxyError."""
+        if path == "/livez":
+            _only(request, "GET", "HEAD")
+            return _json({"status": "ok", "reasons": []})
+        if path == "/readyz":
+            _only(request, "GET", "HEAD")
+            return self._ready()
+        if admin and path == "/metrics":
+            _only(request, "GET", "HEAD")
+            return web.Response(
+                body=self._observer.render(), headers={"Content-Type": CONTENT_TYPE}
+            )
+        if admin and self._admin_key is not None and path.startswith(_STREAMS):
+            return self._admin(request, path.removeprefix(_STREAMS))
+        return None
+
+    def _admin(self, request: web.BaseRequest, rest: str) -> web.Response | None:
+        if rest and not rest.startswith("/"):
+            return None
+        self._authorize(request)
+        if not rest:
+            _only(request, "GET", "HEAD")
+            return _json({"data": [self._row(each) for each in self._relayed().values()]})
+        _only(request, "DELETE")
+        return self._kill(rest.removeprefix("/"))
+
+    def _ready(self) -> web.Response:
+        """Upstreams are reported, not judged: they are the same for every replica, and a proxy
+        taken out of rotation for them could not even say so."""
+        reasons = [
+            f"upstream {upstream.name}: {upstream.last_error}"
+            for upstream in self._upstreams().values()
+            if upstream.last_error is not None
+        ]
+        if self._draining():
+            return _json({"status": "draining", "reasons": ["draining", *reasons]}, status=503)
+        return _json({"status": "ready", "reasons": reasons})
+
+    def _authorize(self, request: web.BaseRequest) -> None:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        expected = (self._admin_key or "").encode()
+        offered = key.strip().encode("utf-8", "surrogateescape")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(offered, expected):
+            raise ProxyError(
+                "invalid_api_key",
+                "The admin key is missing or wrong: send it as `Authorization: Bearer …`.",
+                extra_headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _relayed(self) -> dict[str, Exchange]:
+        """The requests for which an upstream has been asked."""
+        return {key: each for key, each in self._observer.in_flight.items() if each.upstream}
+
+    def _row(self, exchange: Exchange) -> dict[str, Any]:
+        now, last = self._clock(), exchange.last_payload
+        return {
+            "id": exchange.id,
+            "client": exchange.client,
+            "route": exchange.route,
+            "model": exchange.model,
+            "upstream": exchange.upstream,
+            "age": round(now - exchange.received, 3),
+            "phase": exchange.phase.value,
+            "tokens": exchange.tokens_out,
+            "last_payload": None if last is None else round(now - last, 3),
+        }
+
+    def _kill(self, id: str) -> web.Response:
+        exchange = self._relayed().get(id)
+        if exchange is None:
+            raise ProxyError("stream_not_found", "No request with this id is being relayed.")
+        exchange.interrupt(ProxyError("killed", "The operator of the proxy ended this request."))
+        return web.Response(status=204)
+
+
+def _only(request: web.BaseRequest, *methods: str) -> None:
+    if request.method not in methods:
+        raise ProxyError(
+            "method_not_allowed",
+            f"{request.method} is not possible here, only {' and '.join(methods)}.",
+            extra_headers={"Allow": ", ".join(methods)},
+        )
+
+
+def _json(document: dict[str, Any], status: int = 200) -> web.Response:
+    return web.Response(
+        status=status,
+        body=msgspec.json.encode(document),
+        headers={"Content-Type": "application/json"},
+    )

@@ -1,0 +1,138 @@
+"""F3 relay: moves an answer's bytes to the client: read, remember, write.
+
+The upstream connection calls `Lane.payload` from within its `data_received`, and the lane writes to
+the client's transport in the same call: no task switch, no parsing and no timer for a chunk. What
+looks into the stream (`Tap`, `FirstToken`) lives in `sse`; what decides about its end is here, once,
+after the last byte.
+
+Backpressure runs the other way: when the client's write buffer passes its high-water mark, its
+transport tells the lane, which stops reading from the upstream until the buffer has drained. So one
+slow reader costs at most that mark and one read, however fast its upstream is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from proxy.downstream import Sink
+from proxy.errors import ProxyError, Source
+from proxy.exchange import Exchange, Outcome, Phase
+from proxy.forward import Answer
+from proxy.sse import FirstToken, Tap
+
+_OUTCOMES = {
+    "idle": Outcome.IDLE_TIMEOUT,
+    "total": Outcome.TOTAL_TIMEOUT,
+    "first_byte": Outcome.FIRST_BYTE_TIMEOUT,
+    "shutting_down": Outcome.SHUTDOWN,
+    "killed": Outcome.KILLED,
+}
+
+
+class Lane:
+    """Between one answer and one client; ends as `ended`, a future of what went wrong, or None."""
+
+    def __init__(
+        self, answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]
+    ) -> None:
+        self.tap = Tap()
+        self.ending: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
+        self._answer = answer
+        self._write = sink.write
+        self._remember = self.tap.remember
+        self._exchange = exchange
+        self._clock = clock
+        watched = answer.is_stream and answer.is_plain
+        self._first_token = FirstToken() if watched else None
+
+    # What the upstream connection calls.
+
+    def payload(self, data: bytes) -> None:
+        self._write(data)
+        self._remember(data)
+        exchange = self._exchange
+        exchange.chunks += 1
+        exchange.bytes_down += len(data)
+        exchange.last_payload = self._clock()
+        if self._first_token is not None and self._first_token.seen_in(data):
+            exchange.first_token = exchange.last_payload
+            self._first_token = None
+
+    def ended(self, error: ProxyError | None) -> None:
+        if not self.ending.done():
+            self.ending.set_result(error)
+
+    # What the client's connection calls.
+
+    def pause(self) -> None:
+        self._answer.pause()
+
+    def resume(self) -> None:
+        self._answer.resume()
+
+    def client_lost(self) -> None:
+        """The client has left: the upstream is told in the same moment."""
+        self._answer.abort()
+
+
+async def relay(
+    answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]
+) -> None:
+    """Relays the whole body, and ends the client's answer as the upstream's ended.
+
+    A cut never looks complete: see `_end`. Raises CancelledError if the client has left.
+    """
+    exchange.phase = Phase.RELAYING
+    lane = Lane(answer, sink, exchange, clock)
+    sink.serve(lane)
+    try:
+        answer.deliver_to(lane)
+        sink.flush()
+        error = await lane.ending
+    except asyncio.CancelledError:
+        answer.abort()
+        error = exchange.interrupted()
+        if error is None:
+            # A client that leaves right after the last byte of a whole answer has had it all.
+            whole = lane.ending.done() and lane.ending.result() is None
+            whole = whole or (answer.is_stream and lane.tap.saw_last_event)
+            exchange.outcome = Outcome.COMPLETED if whole else Outcome.CLIENT_GONE
+            raise
+    finally:
+        sink.serve(None)
+    _end(answer, sink, exchange, lane.tap, error)
+
+
+def _end(
+    answer: Answer, sink: Sink, exchange: Exchange, tap: Tap, error: ProxyError | None
+) -> None:
+    """Finishes the client's answer: whole, or visibly not.
+
+    A failure behind the head is an event of the path's protocol if that can stand there, and then,
+    in any case, the connection ends without the last chunk: so also a client that ignores error
+    events sees the cut. An upstream that said `[DONE]` has finished, whatever its framing lacks.
+    """
+    if error is None or (error.code == "upstream_aborted" and tap.saw_last_event):
+        sink.finish()
+        exchange.outcome = _outcome_of_whole(answer, tap)
+        return
+    exchange.outcome = outcome_of(error, Outcome.UPSTREAM_TRUNCATED)
+    if answer.is_stream and answer.is_plain and tap.on_event_boundary:
+        sink.write(error.event(exchange.dialect, tap.next_sequence_number))
+    sink.cut()
+
+
+def _outcome_of_whole(answer: Answer, tap: Tap) -> Outcome:
+    """A relayed 429 or 5xx, or a stream that begins with an error, is no answer (§3)."""
+    status = answer.head.status
+    if status == 429 or status >= 500 or (answer.is_stream and tap.began_with_error):
+        return Outcome.UPSTREAM_ERROR
+    return Outcome.COMPLETED
+
+
+def outcome_of(error: ProxyError, otherwise: Outcome) -> Outcome:
+    """The outcome of a request that ended with `error`; `otherwise` if an upstream just failed."""
+    if error.kind.source is Source.DOWNSTREAM:
+        return Outcome.CLIENT_GONE
+    return _OUTCOMES.get(error.clock or error.code, otherwise)

@@ -1,0 +1,161 @@
+"""F6 server: sockets and signals: the life of the process from its first bind to its exit code.
+
+    serving ── TERM, INT ──► notice ── drain_notice ──► draining ── all ended ──► stopped
+                               │                           ├─── drain_timeout ──────┤
+                               └───────── a second signal ─┴────────────────────────┘
+
+In `notice` everything is served, only /readyz says 503, so that load balancers look elsewhere. In
+`draining` no connection is accepted and no new work begun; what runs may end. HUP reloads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from proxy import logs
+from proxy.app import App
+from proxy.config import Config, ConfigError
+from proxy.downstream import Server
+from proxy.errors import ProxyError
+
+log = logging.getLogger("sluice.server")
+
+_BACKLOG = 4096
+_LAST_WORDS = 0.5  # seconds that interrupted answers get to say so
+_SWEEP = 1.0  # seconds between two looks at slow heads
+_POLL = 0.05  # seconds between two looks at whether a drain is over
+
+Load = Callable[[], Config]
+
+
+class BindError(Exception):
+    """An address can't be listened on."""
+
+
+class Process:
+    """One running proxy. `load` reads the config anew, for a reload."""
+
+    def __init__(self, config: Config, load: Load) -> None:
+        self._config = config
+        self._load = load
+        self._app = App(config)
+        self._main = self._app.server()
+        self._admin = self._app.server(admin=True)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serves until told to stop. Raises BindError if an address can't be listened on."""
+        listen, admin = self._config.listen, self._config.admin
+        main = await _listen(self._main, listen.host, listen.port)
+        listening = [main]
+        try:
+            if admin.port is not None:
+                listening.append(await _listen(self._admin, admin.host, admin.port))
+            self._heed_signals()
+            _announce(self._config, main)
+            await self._watched(self._until_drained(main))
+        finally:
+            for each in listening:
+                each.close()
+            await self._main.shutdown(_LAST_WORDS)
+            await self._admin.shutdown(_LAST_WORDS)
+            await self._app.close()
+
+    async def _watched(self, life: Coroutine[Any, Any, None]) -> None:
+        """Runs `life` beside the watches of the process, which end with it."""
+        watches = [
+            asyncio.create_task(self._sweep()),
+            asyncio.create_task(self._app.observer.watch_loop()),
+        ]
+        try:
+            await life
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.wait(watches)
+
+    async def _until_drained(self, main: asyncio.Server) -> None:
+        await self._stop.wait()
+        await self._drain(main)
+
+    def _heed_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _told_to_stop(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def _drain(self, main: asyncio.Server) -> None:
+        log.info("draining", extra={"fields": {"open": len(self._app.observer.in_flight)}})
+        self._app.draining = True
+        await self._unless_hurried(self._config.drain_notice)
+        self._app.refusing = True
+        main.close()
+        deadline = asyncio.get_running_loop().time() + self._config.drain_timeout
+        while self._app.observer.in_flight and not self._hurry.is_set():
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            await self._unless_hurried(min(_POLL, left))
+        for exchange in list(self._app.observer.in_flight.values()):
+            exchange.interrupt(
+                ProxyError("shutting_down", "The proxy was shut down before this answer's end.")
+            )
+        log.info("stopped", extra={"fields": {"cut": len(self._app.observer.in_flight)}})
+
+    async def _unless_hurried(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), seconds)
+
+    def _reload(self) -> None:
+        """A valid file holds from now on; an invalid one changes nothing."""
+        try:
+            config = self._load()
+        except ConfigError as error:
+            self._app.observer.reloaded("rejected")
+            for problem in error.problems:
+                log.error("reload_rejected", extra={"fields": {"problem": str(problem)}})
+            return
+        for key in ("listen", "admin"):
+            if getattr(config, key) != getattr(self._config, key):
+                log.warning("restart_needed", extra={"fields": {"key": key}})
+        self._config = config
+        self._app.reload(config)
+        logs.configure(config.log.format, config.log.level)
+        self._app.observer.reloaded("applied")
+        log.info("reloaded")
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP)
+            self._main.sweep()
+            self._admin.sweep()
+
+
+async def _listen(server: Server, host: str, port: int) -> asyncio.Server:
+    try:
+        return await asyncio.get_running_loop().create_server(
+            server, host, port, backlog=_BACKLOG
+        )
+    except (OSError, OverflowError) as error:
+        raise BindError(f"can't listen on {host}:{port}: {error}") from error
+
+
+def _announce(config: Config, main: asyncio.Server) -> None:
+    upstreams = {name: upstream.base_url for name, upstream in config.upstreams.items()}
+    urls = [_url(sock) for sock in main.sockets]
+    log.info("listening", extra={"fields": {"url": urls[0], "upstreams": upstreams}})
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
