@@ -24,7 +24,7 @@ from proxy.errors import Dialect, ProxyError
 from proxy.exchange import Exchange, Outcome
 from proxy.forward import Forwarder
 from proxy.headers import client_address, request_id
-from proxy.inbound import PREFIX, Bounds, path_of
+from proxy.inbound import Bounds, path_of, unknown_url
 from proxy.observe import Observer, new_id
 from proxy.ops import Ops
 from proxy.relay import outcome_of
@@ -112,7 +112,7 @@ class App:
         with self.observer.exchange(request.method, path, offered) as exchange:
             self._trace(request, exchange)
             try:
-                answer = await self._story(request, path, exchange)
+                answer = await self._story(request, exchange)
             except ProxyError as error:
                 answer = self._error(request, exchange.request_id, error)
             except asyncio.CancelledError:
@@ -127,9 +127,7 @@ class App:
             exchange.status = answer.status
             return answer
 
-    async def _story(
-        self, request: web.BaseRequest, path: str, exchange: Exchange
-    ) -> web.StreamResponse:
+    async def _story(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         setup = self._setup
         if self.refusing:
             raise _shutting_down()
@@ -138,8 +136,6 @@ class App:
             answer = web.Response(status=204, headers=headers)
             return self._signed(answer, request, exchange.request_id)
         setup.cors.judge(request.headers)
-        if not path.startswith(PREFIX + "/"):
-            raise _unknown_url()
         ours = self._ours(request, exchange.request_id)
         return await setup.chat.answer(
             request, exchange, [(key.encode(), value.encode()) for key, value in ours.items()]
@@ -148,7 +144,7 @@ class App:
     async def _handle_admin(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers a request on the admin port."""
         own = self._own(request, path_of(request.raw_path), admin=True)
-        return self._error(request, new_id(), _unknown_url()) if own is None else own
+        return self._error(request, new_id(), unknown_url()) if own is None else own
 
     def _own(self, request: web.BaseRequest, path: str, *, admin: bool) -> web.Response | None:
         """The answer on one of the proxy's own paths; None if `path` is none of them."""
@@ -202,14 +198,6 @@ class App:
             )
             fields = {"request_id": exchange.request_id, "address": address}
             log.debug("received", extra={"fields": fields})
-
-
-def _unknown_url() -> ProxyError:
-    return ProxyError(
-        "unknown_url",
-        f"There is nothing here. Requests to an upstream go to {PREFIX}/…, such as "
-        f"{PREFIX}/chat/completions.",
-    )
 
 
 def _shutting_down() -> ProxyError:

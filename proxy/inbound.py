@@ -46,8 +46,8 @@ def path_of(raw_target: str) -> str:
 def upstream_target(raw_target: str) -> bytes:
     """What follows `/v1`, path and query, byte by byte as it came.
 
-    Raises ProxyError (invalid_path) for whatever an upstream could read as another path than the
-    one below its base URL.
+    Raises ProxyError: invalid_path for whatever an upstream could read as another path than the
+    one below its base URL, unknown_url for what is not below `/v1`.
     """
     if "#" in raw_target:
         raise _invalid_path("must not contain a fragment (`#`)")
@@ -55,6 +55,8 @@ def upstream_target(raw_target: str) -> bytes:
     rest = path.removeprefix(PREFIX)
     if _SUSPICIOUS.search(path):
         _refuse_traversal(path, rest)
+    if not path.startswith(PREFIX + "/"):
+        raise unknown_url()
     query = raw_target.partition("?")
     return (rest + query[1] + query[2]).encode("utf-8", "surrogateescape")
 
@@ -72,6 +74,14 @@ def _refuse_traversal(path: str, rest: str) -> None:
     # Some servers take `;` and what follows for parameters of the segment.
     if any(segment.partition(b";")[0] in (b".", b"..") for segment in decoded.split(b"/")):
         raise _invalid_path("must not contain dot segments, in whatever encoding")
+
+
+def unknown_url() -> ProxyError:
+    return ProxyError(
+        "unknown_url",
+        f"There is nothing here. Requests to an upstream go to {PREFIX}/…, such as "
+        f"{PREFIX}/chat/completions.",
+    )
 
 
 def _invalid_path(problem: str) -> ProxyError:

@@ -31,12 +31,14 @@ _OUTCOMES = {
 
 
 class Lane:
-    """Between one answer and one client; ends as `ended`, a future of what went wrong, or None."""
+    """Between one answer and one client. `ending` becomes what went wrong, or None if nothing did;
+    `whole` says the latter also when nobody waits any more."""
 
     def __init__(
         self, answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]
     ) -> None:
         self.tap = Tap()
+        self.whole = False
         self.ending: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
         self._answer = answer
         self._write = sink.write
@@ -60,6 +62,7 @@ class Lane:
             self._first_token = None
 
     def ended(self, error: ProxyError | None) -> None:
+        self.whole = error is None
         if not self.ending.done():
             self.ending.set_result(error)
 
@@ -95,8 +98,7 @@ async def relay(
         error = exchange.interrupted()
         if error is None:
             # A client that leaves right after the last byte of a whole answer has had it all.
-            whole = lane.ending.done() and lane.ending.result() is None
-            whole = whole or (answer.is_stream and lane.tap.saw_last_event)
+            whole = lane.whole or (answer.is_stream and lane.tap.saw_last_event)
             exchange.outcome = Outcome.COMPLETED if whole else Outcome.CLIENT_GONE
             raise
     finally:

@@ -32,18 +32,14 @@ class Upstream:
         self.prefix = url.path.rstrip("/").encode("ascii")
         self._key = settings.key_source()
         self._auth = settings.auth
-        self.rules = UpstreamRules(url.netloc.encode("ascii"), fixed, injects=self.injects)
+        self.injects = settings.injects  # a key of ours goes up, and so no client's does
+        self.rules = UpstreamRules(url.netloc.encode("ascii"), fixed, self.injects)
         self.dropped = self.rules.dropped
         self.pool = Pool(connect or _connector(name, settings))
         self.last_error: str | None = None
 
     def __repr__(self) -> str:
         return f"<Upstream {self.name} {self.pool!r}>"
-
-    @property
-    def injects(self) -> bool:
-        """Whether a key of ours goes up, and so no client's does."""
-        return self._key is not None and self._auth != "none"
 
     def credential(self) -> Header | None:
         """The header that bears our key, as the key is now."""
