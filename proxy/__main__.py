@@ -5,12 +5,21 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
+# First of all: the imports below take half a second, and a container's first process that has no
+# handler for a signal ignores it, so that `docker stop` would wait and then kill.
+for _number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(_number, lambda *_: sys.exit(0))
+
 import argparse
 import asyncio
 import json
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     def load() -> config.Config:
-        return config.load(
-            arguments.config, os.environ, host=arguments.host, port=arguments.port
-        )
+        return config.load(arguments.config, os.environ, host=arguments.host, port=arguments.port)
 
     try:
         loaded = load()
@@ -46,7 +53,7 @@ def _serve(loaded: config.Config, load: server.Load) -> int:
         await server.Process(loaded, load).run()
 
     try:
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(run())
     except server.BindError as error:
         print(f"sluice: {error}", file=sys.stderr)
@@ -54,13 +61,12 @@ def _serve(loaded: config.Config, load: server.Load) -> int:
     return 0
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's loop where there is one: it has no Windows version."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's, where there is one: it has no Windows version."""
+    if find_spec("uvloop") is None:
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = import_module("uvloop").new_event_loop
+    return factory
 
 
 def _parser() -> argparse.ArgumentParser:

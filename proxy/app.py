@@ -160,17 +160,13 @@ class App:
             exchange.status = error.status
             headers = {"Sluice-Request-Id": exchange.request_id, "Server": "sluice"}
             body = error.body(Dialect.CHAT)
-            answer = web.Response(
-                status=error.status, body=body, headers=error.headers() | headers
-            )
+            answer = web.Response(status=error.status, body=body, headers=error.headers() | headers)
             answer.force_close()
             return answer
 
     # What answers of ours bear.
 
-    def _error(
-        self, request: web.BaseRequest, request_id: str, error: ProxyError
-    ) -> web.Response:
+    def _error(self, request: web.BaseRequest, request_id: str, error: ProxyError) -> web.Response:
         """The one rendering of an error as an HTTP answer."""
         body = error.body(Dialect.of(path_of(request.raw_path)))
         answer = web.Response(status=error.status, body=body, headers=error.headers())

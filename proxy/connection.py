@@ -252,9 +252,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _complete(self, body: Body) -> None:
         self._silence.stop()
         self._total.stop()
-        reusable = (
-            body.reusable and self._keeps_alive and self._request_sent and not body.surplus
-        )
+        reusable = body.reusable and self._keeps_alive and self._request_sent and not body.surplus
         self._body = None
         if reusable:
             self.state = State.IDLE
@@ -293,8 +291,8 @@ class UpstreamConnection(asyncio.Protocol):
         if self.state is State.CLOSED:
             return
         self.state = State.CLOSED
-        self._silence.stop()
-        self._total.stop()
+        self._silence.close()
+        self._total.close()
         self._body = None
         if self._head is not None and not self._head.done():
             self._head.set_exception(error or self._aborted("was let go"))
@@ -334,42 +332,59 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class Clock:
-    """Calls back when `after` seconds have passed since the last `touch`.
+    """Calls back when `after` seconds have passed since it was started or last touched.
 
-    A touch stores the time and nothing else; the timer looks at it when it fires and sleeps on for
-    what is left. So a stream's every read costs an assignment, not a cancelled and a new timer.
+    Starting, touching and stopping store a time; the timer looks at it when it fires, and sleeps on
+    for what is left. So neither a chunk nor, in the long run, a request costs a timer.
     """
 
-    __slots__ = ("_callback", "_handle", "_loop", "_touched", "after")
+    __slots__ = ("_callback", "_fires", "_handle", "_loop", "_running", "_touched", "after")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
         self._callback = callback
         self._handle: asyncio.TimerHandle | None = None
+        self._fires = 0.0
+        self._running = False
         self._touched = 0.0
         self.after = 0.0
 
     def start(self, after: float) -> None:
         """Starts anew with a timeout of `after` seconds."""
-        self.stop()
         self.after = after
-        self._touched = self._loop.time()
-        self._handle = self._loop.call_later(after, self._look)
+        self._running = True
+        self._touched = now = self._loop.time()
+        if self._handle is None or self._fires > now + after:
+            self._fire_at(now + after)
 
     def touch(self) -> None:
         self._touched = self._loop.time()
 
     def stop(self) -> None:
+        """Leaves the timer to find that there is nothing to do; `close` takes it away."""
+        self._running = False
+
+    def close(self) -> None:
+        self._running = False
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
 
+    def _fire_at(self, when: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._fires = when
+        self._handle = self._loop.call_at(when, self._look)
+
     def _look(self) -> None:
-        left = self._touched + self.after - self._loop.time()
-        if left > 0:
-            self._handle = self._loop.call_later(left, self._look)
+        self._handle = None
+        if not self._running:
+            return
+        due = self._touched + self.after
+        if due > self._loop.time():
+            self._fire_at(due)
         else:
-            self._handle = None
+            self._running = False
             self._callback()
 
 

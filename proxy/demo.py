@@ -61,7 +61,9 @@ class Demo:
         most = ask.get("max_completion_tokens") or ask.get("max_tokens")
         words = _words(prompt)
         cut = isinstance(most, int) and 0 <= most < len(words)
-        completion = _Completion(prompt, words[:most] if cut else words, "length" if cut else "stop")
+        completion = _Completion(
+            prompt, words[:most] if cut else words, "length" if cut else "stop"
+        )
         if not ask.get("stream"):
             await asyncio.sleep(self._pace * len(completion.words))
             return _json(completion.whole())

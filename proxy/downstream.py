@@ -64,7 +64,15 @@ class Flow(Protocol):
 class ClientConnection(web.RequestHandler):
     """A client's connection: aiohttp's, plus flow control and clocks."""
 
-    __slots__ = ("_dripping", "_flow", "_head_began", "_refuse", "_stall", "_stalled_size", "_timeouts")
+    __slots__ = (
+        "_dripping",
+        "_flow",
+        "_head_began",
+        "_refuse",
+        "_stall",
+        "_stalled_size",
+        "_timeouts",
+    )
 
     def __init__(
         self, server: Server, *, timeouts: Timeouts, refuse: Refuse, **options: Any
@@ -252,7 +260,7 @@ class Sink(web.StreamResponse):
         self._connection = cast(ClientConnection, request.protocol)
         transport = request.transport
         if transport is None:
-            raise ConnectionResetError("the client has left")
+            raise asyncio.CancelledError("the client has left")
         self._out = transport
         fields = response_headers(head.headers, stream=stream)
         if stream:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 import msgspec
@@ -21,18 +22,25 @@ def configure(
 ) -> None:
     """Sends what the program and its libraries log to `stream`; may be called again."""
     stream = stream or sys.stdout
-    if format == "auto":
-        format = "text" if stream.isatty() else "json"
+    text = stream.isatty() if format == "auto" else format == "text"
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Text() if format == "text" else _Json())
+    handler.setFormatter(_Text() if text else _Json())
+    # Nobody reads them, and finding them out costs more than writing the line
+    # (https://docs.python.org/3/howto/logging.html#optimization).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger(ROOT).setLevel(level.upper())
 
 
+@lru_cache(1)
+def _moment(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
 def _document(record: logging.LogRecord) -> dict[str, Any]:
-    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     document = {
-        "time": f"{moment}.{int(record.msecs):03d}Z",
+        "time": f"{_moment(int(record.created))}.{int(record.msecs):03d}Z",
         "level": record.levelname.lower(),
         "event": record.getMessage(),
         **getattr(record, "fields", {}),

@@ -40,8 +40,6 @@ _STREAMS = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800)
 _SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
-
-
 def new_id() -> str:
     """An id that nobody can guess."""
     return secrets.token_hex(12)

@@ -79,9 +79,7 @@ class Lane:
         self._answer.abort()
 
 
-async def relay(
-    answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]
-) -> None:
+async def relay(answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]) -> None:
     """Relays the whole body, and ends the client's answer as the upstream's ended.
 
     A cut never looks complete: see `_end`. Raises CancelledError if the client has left.

@@ -143,9 +143,7 @@ class Process:
 
 async def _listen(server: Server, host: str, port: int) -> asyncio.Server:
     try:
-        return await asyncio.get_running_loop().create_server(
-            server, host, port, backlog=_BACKLOG
-        )
+        return await asyncio.get_running_loop().create_server(server, host, port, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         raise BindError(f"can't listen on {host}:{port}: {error}") from error
 

@@ -74,5 +74,3 @@ def _connector(name: str, settings: config.Upstream) -> Connect:
         tls.set_alpn_protocols(["http/1.1"])
     origin = Origin(url.hostname, url.port or _DEFAULT_PORTS[url.scheme], tls, name)
     return lambda: connect(origin, settings.timeouts.connect)
-
-

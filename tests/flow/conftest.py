@@ -99,10 +99,15 @@ async def start(upstream: Upstream, tmp_path: Path) -> AsyncIterator[Start]:
             stack.callback(listening.close)
             port = listening.sockets[0].getsockname()[1]
             clients: list[Client] = []
-            stack.callback(lambda: [client.abort() for client in clients])
+            stack.callback(_abort_all, clients)
             return Sluice(app, server, port, upstream, _collect(app), clients)
 
         yield start
+
+
+def _abort_all(clients: list[Client]) -> None:
+    for client in clients:
+        client.abort()
 
 
 def _collect(app: App) -> list[Exchange]:

@@ -167,7 +167,11 @@ async def test_an_upstream_that_does_not_answer_in_time(
     sluice.upstream.plays(*steps, UntilGone())
     reply = await sluice.ask(post())
     error = json.loads(reply.body)["error"]
-    assert (reply.status, error["type"], error["code"]) == (504, "timeout_error", "upstream_timeout")
+    assert (reply.status, error["type"], error["code"]) == (
+        504,
+        "timeout_error",
+        "upstream_timeout",
+    )
     assert clock in error["message"]
     assert len(sluice.upstream.requests) == 1
     assert (await sluice.record()).outcome is outcome
@@ -175,7 +179,10 @@ async def test_an_upstream_that_does_not_answer_in_time(
 
 @pytest.mark.parametrize(
     ("up", "clock", "outcome"),
-    [("idle: 100ms", "idle", Outcome.IDLE_TIMEOUT), ("total: 200ms", "total", Outcome.TOTAL_TIMEOUT)],
+    [
+        ("idle: 100ms", "idle", Outcome.IDLE_TIMEOUT),
+        ("total: 200ms", "total", Outcome.TOTAL_TIMEOUT),
+    ],
 )
 async def test_a_stream_that_stands_still(
     start: Start, up: str, clock: str, outcome: Outcome
@@ -188,6 +195,31 @@ async def test_a_stream_that_stands_still(
     assert clock in str(error["message"])
     assert (await sluice.record()).outcome is outcome
     await asyncio.wait_for(sluice.upstream.gone.wait(), 1)
+
+
+async def test_a_stream_may_last_longer_than_any_silence_in_it(start: Start) -> None:
+    sluice = await start(up="timeouts: {idle: 200ms}")
+    gates = [asyncio.Event() for _ in range(4)]
+    steps = [step for gate in gates for step in (Until(gate), chunked(EVENT))]
+    sluice.upstream.plays(STREAM, *steps, LAST)
+    client = await sluice.connect()
+    await client.send(post())
+    for gate in gates:
+        await asyncio.sleep(0.1)
+        gate.set()
+    reply = await client.reply()
+    assert (reply.body, reply.whole) == (EVENT * 4, True)
+
+
+async def test_a_reset_upstream_has_not_ended_its_body_until_close(sluice: Sluice) -> None:
+    gate = asyncio.Event()
+    sluice.upstream.plays(b"HTTP/1.1 200 OK\r\n\r\nhalf of", Until(gate), Reset())
+    client = await sluice.connect()
+    await client.send(post())
+    await client.until(b"half of")
+    gate.set()
+    reply = await client.reply()
+    assert (reply.body, reply.whole) == (b"half of", False)
 
 
 async def test_a_reader_that_pauses_is_no_silence_of_the_upstream(start: Start) -> None:

@@ -215,8 +215,8 @@ async def test_a_slow_upstream_holds_the_upload(sluice: Sluice) -> None:
     assert sluice.upstream.requests[0].body == body
 
 
-def _after(gate: asyncio.Event, read):  # type: ignore[no-untyped-def]
-    async def wait(reader, request):  # type: ignore[no-untyped-def]
+def _after(gate: asyncio.Event, read):
+    async def wait(reader, request):
         await gate.wait()
         await read(reader, request)
 

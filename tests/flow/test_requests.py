@@ -17,11 +17,25 @@ async def test_a_request_arrives_as_it_was_sent(start: Start) -> None:
     sluice = await start(up="api_key: sk-ours")
     sluice.upstream.plays(OK)
     body = b'{ "model" : "m\\u0041", "n": 1.0,  "x": "\xc3\xbc" }\n'
-    fields = ["x-stainless-lang: py", "X-Dup: 1", "x-dup: 2", "Accept-Encoding: gzip", "Cookie: a=b"]
+    fields = [
+        "x-stainless-lang: py",
+        "X-Dup: 1",
+        "x-dup: 2",
+        "Accept-Encoding: gzip",
+        "Cookie: a=b",
+    ]
     secrets = ["Authorization: Bearer theirs", "x-api-key: theirs", "api-key: theirs"]
-    hop = ["Connection: keep-alive, X-Hop", "X-Hop: 1", "Keep-Alive: 5", "TE: trailers", "Upgrade: h2c"]
+    hop = [
+        "Connection: keep-alive, X-Hop",
+        "X-Hop: 1",
+        "Keep-Alive: 5",
+        "TE: trailers",
+        "Upgrade: h2c",
+    ]
     claims = ["X-Forwarded-For: 6.6.6.6", "X-Forwarded-Proto: https", "X-Request-Id: r-1"]
-    await sluice.ask(post(body, *fields, *secrets, *hop, *claims, path="/v1/chat/completions?a=%2F&a"))
+    await sluice.ask(
+        post(body, *fields, *secrets, *hop, *claims, path="/v1/chat/completions?a=%2F&a")
+    )
     (request,) = sluice.upstream.requests
     assert request.line == b"POST /v1/chat/completions?a=%2F&a HTTP/1.1"
     assert request.body == body
@@ -44,7 +58,9 @@ async def test_a_request_arrives_as_it_was_sent(start: Start) -> None:
     ("auth", "header"),
     [("bearer", b"authorization"), ("x-api-key", b"x-api-key"), ("api-key", b"api-key")],
 )
-async def test_the_key_goes_where_the_upstream_looks(start: Start, auth: str, header: bytes) -> None:
+async def test_the_key_goes_where_the_upstream_looks(
+    start: Start, auth: str, header: bytes
+) -> None:
     sluice = await start(up=f"api_key: sk-ours, auth: {auth}")
     sluice.upstream.plays(OK)
     await sluice.ask(post(b"{}", "Authorization: Bearer theirs", "X-Api-Key: theirs"))
@@ -155,7 +171,9 @@ async def test_anthropic_errors_have_their_own_shape(start: Start) -> None:
 
 
 async def test_the_model_chooses_the_route(start: Start) -> None:
-    routes = "{name: gpt, models: ['gpt-*', o1], upstreams: [up]}, {models: ['*-mini'], upstreams: [up]}"
+    routes = (
+        "{name: gpt, models: ['gpt-*', o1], upstreams: [up]}, {models: ['*-mini'], upstreams: [up]}"
+    )
     sluice = await start(f"routes: [{routes}]")
     sluice.upstream.plays(OK)
     for model in ("gpt-5", "o1", "x-mini"):

@@ -284,7 +284,9 @@ def post(
 
 def get(path: str = "/v1/models", *fields: str, method: str = "GET") -> bytes:
     """The bytes of one request without a body."""
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: sluice", *fields]).encode() + b"\r\n\r\n"
+    return (
+        "\r\n".join([f"{method} {path} HTTP/1.1", "Host: sluice", *fields]).encode() + b"\r\n\r\n"
+    )
 
 
 def chunked(*pieces: bytes) -> bytes:
@@ -293,9 +295,7 @@ def chunked(*pieces: bytes) -> bytes:
 
 
 LAST = b"0\r\n\r\n"
-STREAM = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-)
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def json_answer(body: bytes, *fields: bytes, status: bytes = b"200 OK") -> bytes:
