@@ -1,0 +1,60 @@
+"""Keys, judged by an upstream that checks them: aimock refuses a request if any credential in it,
+in whichever header, is not its own. A 200 therefore proves that ours went up and nobody else's.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.real.processes import CLIENT_KEY, KEY, Process, Upstream, start_proxy
+
+BODY = json.dumps(
+    {"model": "gpt-4o", "messages": [{"role": "user", "content": "a short answer"}]}
+).encode()
+
+
+def post(url: str, headers: dict[str, str]) -> tuple[int, str | None]:
+    """Status, and the code of an error, of a chat completion."""
+    request = urllib.request.Request(f"{url}/v1/chat/completions", data=BODY, headers=headers)
+    request.add_header("Content-Type", "application/json")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            response.read()
+            return response.status, None
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": f"Bearer {CLIENT_KEY}"},
+        {"x-api-key": CLIENT_KEY},
+        {"api-key": CLIENT_KEY},
+        {"Authorization": f"Bearer {CLIENT_KEY}", "x-api-key": CLIENT_KEY},
+    ],
+    ids=lambda headers: "+".join(headers) or "none",
+)
+def test_only_the_proxys_key_arrives(
+    aimock: Upstream, aimock_proxy: Process, headers: dict[str, str]
+) -> None:
+    if headers:
+        assert post(aimock.process.url, headers)[0] == 401  # it does look there
+    assert post(aimock_proxy.url, headers) == (200, None)
+    arrived = aimock.journal()[-1]["headers"]
+    assert "authorization" in arrived
+    assert arrived.keys().isdisjoint({"x-api-key", "api-key"})
+
+
+def test_without_clients_and_key_the_clients_own_passes(aimock: Upstream, tmp_path: Path) -> None:
+    up = {"base_url": aimock.base_url, "auth": "none"}
+    with start_proxy(tmp_path, aimock, upstreams={"up": up}) as proxy:
+        assert post(proxy.url, {"Authorization": f"Bearer {KEY}"}) == (200, None)
+        assert post(proxy.url, {"Authorization": f"Bearer {CLIENT_KEY}"})[0] == 401
