@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_HEAD = 64 * 1024  # bytes of all heads of one response, the interim (1xx) ones included
 _MAX_CHUNK_LINE = 1024  # a chunk's size and its extensions
@@ -36,7 +37,7 @@ _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 # RFC 9112 7.1: the size in hexadecimal digits only (int() would take signs, 0x and underscores).
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?")
 
 
@@ -183,6 +184,15 @@ class UntilClose:
         self.done = True
 
 
+@lru_cache(4096)  # a stream's chunks have few sizes
+def _chunk_size(line: bytes) -> int:
+    """The size that a chunk's first line states, its extensions ignored."""
+    match = _CHUNK_LINE.fullmatch(line)
+    if match is None:
+        raise FramingError("a chunk has a malformed size")
+    return int(match[1], 16)
+
+
 class Chunked:
     """Chunks until one of size zero and its trailers, which are dropped (RFC 9112 7.1)."""
 
@@ -203,8 +213,8 @@ class Chunked:
         if self._between:
             data, self._between = self._between + data, b""
         parts: list[bytes] = []
-        at, size = 0, len(data)
-        while at < size:
+        at = 0
+        while at < len(data):
             if self._left:
                 part = data[at : at + self._left]
                 parts.append(part)
@@ -219,17 +229,23 @@ class Chunked:
                     raise FramingError("a chunk is longer than its size says")
                 at += 2
                 self._expects_crlf = False
-            elif self._trailers is None:
-                line = _CHUNK_LINE.match(data, at)
-                if line is None:
+            elif self._trailers is not None:
+                at = self._read_trailers(data, at)
+                break
+            else:
+                line_end = data.find(b"\r\n", at, at + _MAX_CHUNK_LINE)
+                if line_end < 0:
                     self._between = self._unfinished_size(data[at:])
                     break
-                at = line.end()
-                self._left = int(line[1], 16)
-                if not self._left:
+                size = _chunk_size(data[at:line_end])
+                at, end = line_end + 2, line_end + 2 + size
+                if not size:
                     self._trailers = 0
-            else:
-                at = self._read_trailers(data, at)
+                elif data[end : end + 2] == b"\r\n":  # all of it is here, as nearly always
+                    parts.append(data[at:end])
+                    at = end + 2
+                else:
+                    self._left = size
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @staticmethod
@@ -244,8 +260,9 @@ class Chunked:
             end = data.find(b"\r\n", at)
             if end < 0:
                 self._between = data[at:]
-                if b"\n" in self._between or len(self._between) > _MAX_TRAILERS:
-                    raise FramingError("its trailers are malformed")
+                line = self._between.removesuffix(b"\r")
+                if b"\n" in line or (self._trailers or 0) + len(line) > _MAX_TRAILERS:
+                    raise FramingError("its trailers are malformed or too large")
                 return len(data)
             line, at = data[at:end], end + 2
             if not line:
