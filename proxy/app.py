@@ -82,10 +82,9 @@ class App:
 
     def server(self, *, admin: bool = False) -> Server:
         """A protocol factory for a listening socket: the main one's, or the admin port's."""
-        timeouts = self._setup.config.client_timeouts
         return Server(
             self._handle_admin if admin else self._handle,
-            timeouts=Timeouts(timeouts.head, timeouts.keep_alive, timeouts.write),
+            timeouts=lambda: _client_timeouts(self._setup.config),
             refuse=self._refuse,
         )
 
@@ -119,7 +118,8 @@ class App:
                 interruption = exchange.interrupted()
                 if interruption is None:
                     raise
-                exchange.outcome = outcome_of(interruption, Outcome.CLIENT_GONE)
+                if exchange.upstream is not None:
+                    exchange.outcome = outcome_of(interruption, Outcome.CLIENT_GONE)
                 answer = self._error(request, exchange.request_id, interruption)
             except Exception:
                 log.exception("internal_error", extra={"fields": {"id": exchange.request_id}})
@@ -194,6 +194,11 @@ class App:
             )
             fields = {"request_id": exchange.request_id, "address": address}
             log.debug("received", extra={"fields": fields})
+
+
+def _client_timeouts(config: Config) -> Timeouts:
+    timeouts = config.client_timeouts
+    return Timeouts(timeouts.head, timeouts.keep_alive, timeouts.write)
 
 
 def _shutting_down() -> ProxyError:

@@ -205,21 +205,25 @@ def _head_bytes(status: int, reason: bytes, fields: Iterable[Header]) -> bytes:
 class Server(web.Server):
     """aiohttp's server of plain handlers, with our connections.
 
-    Bodies are not inflated: what the client sent is what the upstream gets.
+    Bodies are not inflated: what the client sent is what the upstream gets. `timeouts` is asked for
+    each new connection, so that a reload holds for it.
     """
 
-    def __init__(self, handler: Handler, *, timeouts: Timeouts, refuse: Refuse) -> None:
+    def __init__(
+        self, handler: Handler, *, timeouts: Callable[[], Timeouts], refuse: Refuse
+    ) -> None:
         super().__init__(handler, request_factory=_begin_request, handler_cancellation=True)
         self._timeouts = timeouts
         self._refuse = refuse
 
     def __call__(self) -> ClientConnection:
+        timeouts = self._timeouts()
         return ClientConnection(
             self,
-            timeouts=self._timeouts,
+            timeouts=timeouts,
             refuse=self._refuse,
             loop=self._loop,
-            keepalive_timeout=self._timeouts.keep_alive,
+            keepalive_timeout=timeouts.keep_alive,
             access_log=None,
             auto_decompress=False,
             max_line_size=_MAX_LINE,

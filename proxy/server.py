@@ -64,8 +64,11 @@ class Process:
         finally:
             for each in listening:
                 each.close()
-            await self._main.shutdown(_LAST_WORDS)
-            await self._admin.shutdown(_LAST_WORDS)
+            for server in (self._main, self._admin):
+                server.pre_shutdown()  # idle connections end at once
+            await asyncio.gather(
+                self._main.shutdown(_LAST_WORDS), self._admin.shutdown(_LAST_WORDS)
+            )
             await self._app.close()
 
     async def _watched(self, life: Coroutine[Any, Any, None]) -> None:

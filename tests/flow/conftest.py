@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -55,12 +56,15 @@ Start = Callable[..., Awaitable[Sluice]]
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    async with _listening(Upstream()) as listening:
-        yield listening
+    async with listening(Upstream()) as scripted:
+        yield scripted
 
 
 @asynccontextmanager
-async def _listening(upstream: Upstream) -> AsyncIterator[Upstream]:
+async def listening(
+    upstream: Upstream, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Upstream]:
+    """Lets `upstream` play on a port of its own."""
     tasks: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -68,7 +72,7 @@ async def _listening(upstream: Upstream) -> AsyncIterator[Upstream]:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, limit=2**20)
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, limit=2**20, ssl=tls)
     upstream.port = server.sockets[0].getsockname()[1]
     try:
         yield upstream
@@ -86,18 +90,23 @@ async def start(upstream: Upstream, tmp_path: Path) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            settings: str = "", *, up: str = "", base: str = "/v1", scheme: str = "http"
+            settings: str = "",
+            *,
+            up: str = "",
+            base: str = "/v1",
+            scheme: str = "http",
+            host: str = "127.0.0.1",
         ) -> Sluice:
             path = tmp_path / "config.yaml"
-            url = f"{scheme}://127.0.0.1:{upstream.port}{base}"
+            url = f"{scheme}://{host}:{upstream.port}{base}"
             path.write_text(f"upstreams: {{up: {{base_url: '{url}', {up}}}}}\n{settings}\n")
             app = App(config.load(path, {}))
             stack.push_async_callback(app.close)
             server = app.server()
             stack.push_async_callback(server.shutdown, 0.1)
-            listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-            stack.callback(listening.close)
-            port = listening.sockets[0].getsockname()[1]
+            bound = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+            stack.callback(bound.close)
+            port = bound.sockets[0].getsockname()[1]
             clients: list[Client] = []
             stack.callback(_abort_all, clients)
             return Sluice(app, server, port, upstream, _collect(app), clients)
