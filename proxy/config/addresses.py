@@ -1,0 +1,75 @@
+"""F1 config.addresses: hosts, URLs, networks and files: for each a parser and its type."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+
+from proxy.config.values import Text, text
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_AUTHORITY = rf"(?P<host>{_HOST}|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{{1,5}}))?"
+_BASE_URL = re.compile(rf"(?P<origin>(?i:https?)://{_AUTHORITY})(?P<path>/[^?#\\\s]*)?")
+_ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{_AUTHORITY}")
+
+
+def host(name: str) -> str:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        if not re.fullmatch(_HOST, name):
+            raise ValueError("must be a host name, or an IP address without brackets") from None
+    return name
+
+
+def network(value: object) -> Network:
+    try:
+        return ipaddress.ip_network(text(value))
+    except ValueError:
+        raise ValueError(
+            "must be an address, or a network like 10.0.0.0/8 or fd00::/8 (no bits after its prefix)"
+        ) from None
+
+
+def origin(value: str) -> str:
+    if value != "*" and not _ORIGIN.fullmatch(value.lower()):
+        raise ValueError('must be "*", or an origin: scheme://host[:port] without a path')
+    return value.lower()
+
+
+def base_url(url: str) -> str:
+    if url == "demo://":
+        return url
+    match = _BASE_URL.fullmatch(url)
+    if match is None or not url.isascii() or not 0 < int(match["port"] or 80) < 65536:
+        raise ValueError(
+            "must be http(s)://host[:port][/path] without query and credentials, or demo://"
+        )
+    host(match["host"].strip("[]"))
+    return match["origin"].lower() + (match["path"] or "").rstrip("/")
+
+
+def _certificates(path: Path) -> Path:
+    try:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError:
+        raise ValueError("must be a file with certificates (PEM)") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    return path
+
+
+Host = Annotated[Text, AfterValidator(host)]
+Networks = tuple[
+    Annotated[Network, BeforeValidator(network), WithJsonSchema({"type": "string"})], ...
+]
+Origins = tuple[Annotated[Text, AfterValidator(origin)], ...]
+BaseUrl = Annotated[Text, AfterValidator(base_url)]
+CaPath = Annotated[Path, AfterValidator(_certificates)]
