@@ -49,17 +49,17 @@ def main() -> int:
         commands["base"] = shlex.split(options.base)
     names = [name for name in ("direct", "nginx") if name in options.against.split(",")]
     names += sorted(commands)  # base, sluice
+    about = report.about(options.rounds, options.seconds, bare=options.bare)
     runs: list[report.Run] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as home:
         stage = Stage(Path(home), commands, bare=options.bare)
         try:
-            allow_files(4 * max(plan.connections for plan in options.scenarios) + 1024)
+            allow_files(2 * max(plan.connections for plan in options.scenarios) + 1024)
             with stage:
                 for plan in options.scenarios:
                     runs += _measure(stage, plan, names, options.rounds, options.seconds)
         except NotReady as error:
             sys.exit(f"bench: {error}")
-    about = report.about(options.rounds, options.seconds, bare=options.bare)
     print(report.table(about, names, runs))
     if options.json:
         Path(options.json).write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")

@@ -42,6 +42,7 @@ def about(rounds: int, seconds: float, *, bare: bool) -> dict[str, Any]:
         "seconds": seconds,
         "features": "none" if bare else "clients, limits",
         "cores": len(os.sched_getaffinity(0)),
+        "load before": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "kernel": platform.release(),
     }
@@ -74,6 +75,7 @@ def table(about: dict[str, Any], names: list[str], runs: list[Run]) -> str:
     rows = [["", "", *names, *ratios, "must", "aim"]]
     for scenario in dict.fromkeys(_title(run) for run in runs):
         ours = [run for run in runs if _title(run) == scenario]
+        ours.sort(key=lambda run: run["target"] == "direct")  # it has not all the figures
         title = scenario
         for measure in dict.fromkeys(name for run in ours for name in run["figures"]):
             row = [title, measure, *(_cell(ours, name, measure) for name in names)]

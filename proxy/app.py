@@ -94,6 +94,11 @@ class App:
         self.observer.use(config)
         old.close()
 
+    def sweep(self) -> None:
+        """What needs a look once a second: upstream connections that have been idle for long."""
+        for upstream in self._setup.upstreams.values():
+            upstream.pool.sweep()
+
     async def close(self) -> None:
         """Lets go of upstream connections and of the embedded upstream."""
         self._setup.close()
@@ -205,7 +210,6 @@ def _shutting_down() -> ProxyError:
     return ProxyError(
         "shutting_down",
         "The proxy is shutting down. Try again on a new connection.",
-        retry_after=1,
         close=True,
     )
 

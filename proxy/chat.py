@@ -40,6 +40,7 @@ class Chat:
         exchange.route = route.name
         try:
             async with await self.forwarder.open(route, ask, exchange) as answer:
+                del ask  # it is sent; its body may be megabytes, and the answer may take minutes
                 sink = commit(request, answer, exchange, ours)
                 await relay(answer, sink, exchange, self.clock)
                 return sink

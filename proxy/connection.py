@@ -88,7 +88,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._ending: list[ProxyError | None] = []  # how the body ended, until someone is told
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
-        self._read_paused = False
+        self._held = False  # reading stands still, as nobody receives yet,
+        self._paused = False  # or as the receiver does not keep up
         self._silence = Clock(self._loop, self._fell_silent)
         self._total = Clock(self._loop, self._took_too_long)
         self._idle_timeout = 0.0
@@ -108,6 +109,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = None
         self._receiver = None
         self._request_sent = False
+        self._backlog, self._backlog_size, self._ending = [], 0, []
         self.answered = False
         self._idle_timeout = idle
         self._silence.start(first_byte)
@@ -115,10 +117,11 @@ class UpstreamConnection(asyncio.Protocol):
             self._total.start(total)
 
     def write(self, data: bytes) -> None:
-        """Sends a part of the request; the first-byte clock begins anew."""
+        """Sends a part of the request; until there is an answer, its clock begins anew."""
         if self.transport is not None and self.state is not State.CLOSED:
             self.transport.write(data)
-            self._silence.touch()
+            if self.state is State.HEAD:
+                self._silence.touch()
 
     def request_sent(self) -> None:
         """Says that the request is whole: without it the connection is not used again."""
@@ -137,26 +140,32 @@ class UpstreamConnection(asyncio.Protocol):
 
     def deliver_to(self, receiver: Receiver) -> None:
         """Hands the body to `receiver`: at once what has come already, then as it comes."""
+        self._receiver = receiver
         backlog, self._backlog, self._backlog_size = self._backlog, [], 0
         if backlog:
             receiver.payload(backlog[0] if len(backlog) == 1 else b"".join(backlog))
-        self._receiver = receiver
         if self._ending:
             receiver.ended(self._ending.pop())
-        elif self._read_paused:
-            self.resume()
+        self._regulate(held=False, paused=self._paused)
 
     def pause(self) -> None:
         """Stops reading, as the client does not keep up."""
-        if not self._read_paused and self.transport is not None:
-            self._read_paused = True
-            self._silence.stop()
-            self.transport.pause_reading()
+        self._regulate(held=self._held, paused=True)
 
     def resume(self) -> None:
         """Reads on; the time spent paused does not count as silence."""
-        if self._read_paused and self.transport is not None:
-            self._read_paused = False
+        self._regulate(held=self._held, paused=False)
+
+    def _regulate(self, *, held: bool, paused: bool) -> None:
+        """Reads only while there is neither reason not to."""
+        stood, stands = self._held or self._paused, held or paused
+        self._held, self._paused = held, paused
+        if self.transport is None or stood == stands:
+            return
+        if stands:
+            self._silence.stop()
+            self.transport.pause_reading()
+        else:
             self.transport.resume_reading()
             if self.state is State.BODY:
                 self._silence.start(self._idle_timeout)
@@ -247,7 +256,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._backlog.append(payload)
         self._backlog_size += len(payload)
         if self._backlog_size > _BACKLOG:
-            self.pause()
+            self._regulate(held=True, paused=self._paused)
 
     def _complete(self, body: Body) -> None:
         self._silence.stop()
@@ -257,7 +266,7 @@ class UpstreamConnection(asyncio.Protocol):
         if reusable:
             self.state = State.IDLE
             self.reused = True
-            self.resume()
+            self._regulate(held=False, paused=False)
         else:
             self._close(None)
         self._tell(None)
@@ -429,7 +438,7 @@ def _unreachable(origin: Origin, reason: str) -> ProxyError:
 def _tls_reason(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate was refused: {error.verify_message}"
-    return (error.reason or "unknown reason").lower().replace("_", " ")
+    return (getattr(error, "reason", None) or "unknown reason").lower().replace("_", " ")
 
 
 def _os_reason(error: OSError) -> str:

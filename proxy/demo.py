@@ -10,7 +10,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -54,20 +54,18 @@ class Demo:
 
     async def _complete(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            ask = msgspec.json.decode(await request.read())
-            prompt = _prompt(ask["messages"])
-        except (msgspec.DecodeError, KeyError, TypeError, IndexError):
+            ask = msgspec.json.decode(await request.read(), type=_Request)
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return _error(400, "The body must be JSON with at least one message.", "messages")
-        most = ask.get("max_completion_tokens") or ask.get("max_tokens")
+        prompt = ask.messages[-1].text
         words = _words(prompt)
-        cut = isinstance(most, int) and 0 <= most < len(words)
-        completion = _Completion(
-            prompt, words[:most] if cut else words, "length" if cut else "stop"
-        )
-        if not ask.get("stream"):
+        most = ask.max_completion_tokens or ask.max_tokens or len(words)
+        finish_reason = "stop" if most >= len(words) else "length"
+        completion = _Completion(prompt, words[:most], finish_reason)
+        if not ask.stream:
             await asyncio.sleep(self._pace * len(completion.words))
             return _json(completion.whole())
-        wants_usage = bool((ask.get("stream_options") or {}).get("include_usage"))
+        wants_usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         async for event in self._paced(completion.events(wants_usage)):
@@ -78,6 +76,36 @@ class Demo:
         for event in events:
             yield event
             await asyncio.sleep(self._pace)
+
+
+class _Part(msgspec.Struct):
+    text: str = ""
+
+
+class _Message(msgspec.Struct):
+    """Its content is a text or a list of parts."""
+
+    content: str | list[_Part] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return " ".join(part.text for part in self.content if part.text)
+        return self.content or ""
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _Request(msgspec.Struct):
+    """As much of a chat completion request as the demo understands."""
+
+    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class _Completion:
@@ -124,14 +152,6 @@ class _Completion:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         chunk = {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
         return {**chunk, "usage": None} if wants_usage else chunk
-
-
-def _prompt(messages: Sequence[dict[str, Any]]) -> str:
-    """The text of the last message; its content is a string or a list of parts."""
-    content = messages[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part.get("type") == "text")
 
 
 def _words(prompt: str) -> list[str]:

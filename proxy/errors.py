@@ -146,10 +146,11 @@ class ProxyError(Exception):
         headers = {"Content-Type": "application/json", **self._extra_headers}
         if self.close:
             headers["Connection"] = "close"
-        if self.retry_after is not None:
+        if self.status in {429, 503}:
             # Whole seconds (RFC 9110 10.2.3), rounded up: a client told too little comes in vain.
-            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
-            if self.retry_after > _NO_RETRY_ABOVE:
+            wait = max(1, math.ceil(self.retry_after or 0))
+            headers["Retry-After"] = str(wait)
+            if wait > _NO_RETRY_ABOVE or self.code == "killed":
                 headers["x-should-retry"] = "false"
         return headers
 

@@ -84,7 +84,7 @@ class Answer:
     @property
     def is_plain(self) -> bool:
         """Whether its bytes can be read and added to, as they are not compressed."""
-        return set(self.head.values(b"content-encoding")) <= {b"identity"}
+        return all(each.lower() == b"identity" for each in self.head.values(b"content-encoding"))
 
     def deliver_to(self, receiver: Receiver) -> None:
         """Hands the body to `receiver`, from its first byte, as it comes."""

@@ -20,7 +20,7 @@ comes, also parts of a chunk: a proxy that waits for the rest of a chunk delays 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 MAX_HEAD = 64 * 1024  # bytes of all heads of one response, the interim (1xx) ones included
@@ -53,10 +53,17 @@ class ResponseHead:
     status: int
     reason: bytes
     headers: tuple[Header, ...]
+    _by_name: dict[bytes, list[bytes]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_name: dict[bytes, list[bytes]] = {}
+        for name, value in self.headers:
+            by_name.setdefault(name.lower(), []).append(value)
+        object.__setattr__(self, "_by_name", by_name)
 
     def values(self, name: bytes) -> list[bytes]:
         """All values of the fields called `name` (lower case), in their order."""
-        return [value for key, value in self.headers if key.lower() == name]
+        return self._by_name.get(name, [])
 
     @property
     def content_type(self) -> bytes:
@@ -77,6 +84,7 @@ class HeadReader:
     def __init__(self) -> None:
         self._buffer = b""
         self._seen = 0
+        self._searched = 0  # bytes of the buffer in which no head ends
 
     def feed(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
         """Returns the head and the bytes behind it, or None while it is not whole.
@@ -86,16 +94,18 @@ class HeadReader:
         self._buffer += data
         self._seen += len(data)
         while True:
-            end = self._buffer.find(b"\r\n\r\n")
+            end = self._buffer.find(b"\r\n\r\n", max(0, self._searched - 3))
             if end < 0:
                 self._check_unfinished()
                 return None
+            self._searched = 0
             block, self._buffer = self._buffer[: end + 4], self._buffer[end + 4 :]
             if self._seen - len(self._buffer) > MAX_HEAD:
                 raise FramingError(f"its head is larger than {MAX_HEAD // 1024} KiB")
             head = parse_head(block)
             if head.status >= 200:
-                return head, self._buffer
+                rest, self._buffer = self._buffer, b""  # it may be large, and the stream long
+                return head, rest
             if head.status == 101:
                 raise FramingError("it switched protocols without being asked")
 
@@ -106,8 +116,9 @@ class HeadReader:
         start = self._buffer[:7]
         if start != b"HTTP/1."[: len(start)]:
             raise FramingError("it does not begin like an HTTP/1.x response")
-        if _BARE_LF.search(self._buffer):
+        if _BARE_LF.search(self._buffer, max(0, self._searched - 1)):
             raise FramingError("its head has a line that ends in a bare LF")
+        self._searched = len(self._buffer)
 
 
 def parse_head(block: bytes) -> ResponseHead:
@@ -222,13 +233,14 @@ class Chunked:
                 self._left -= len(part)
                 self._expects_crlf = not self._left
             elif self._expects_crlf:
-                if data[at:] == b"\r":
+                if data.startswith(b"\r\n", at):
+                    at += 2
+                    self._expects_crlf = False
+                elif data[at:] == b"\r":
                     self._between = b"\r"
                     break
-                if not data.startswith(b"\r\n", at):
+                else:
                     raise FramingError("a chunk is longer than its size says")
-                at += 2
-                self._expects_crlf = False
             elif self._trailers is not None:
                 at = self._read_trailers(data, at)
                 break

@@ -54,18 +54,19 @@ def upstream_target(raw_target: str) -> bytes:
     path = path_of(raw_target)
     rest = path.removeprefix(PREFIX)
     if _SUSPICIOUS.search(path):
-        _refuse_traversal(path, rest)
+        _refuse_traversal(path)
     if not path.startswith(PREFIX + "/"):
         raise unknown_url()
     query = raw_target.partition("?")
     return (rest + query[1] + query[2]).encode("utf-8", "surrogateescape")
 
 
-def _refuse_traversal(path: str, rest: str) -> None:
+def _refuse_traversal(path: str) -> None:
     decoded = path.encode("utf-8", "surrogateescape")
     while (once := unquote_to_bytes(decoded)) != decoded:  # each round is shorter
         decoded = once
-    if path.startswith("//") or rest.startswith("//"):
+    below = decoded.removeprefix(PREFIX.encode())
+    if decoded.startswith(b"//") or below.startswith(b"//"):
         raise _invalid_path("must not begin with two slashes")
     if b"\\" in decoded:
         raise _invalid_path("must not contain a backslash, in whatever encoding")

@@ -6,6 +6,7 @@ interpolated from what clients or upstreams send, so that a line can't be forged
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -52,7 +53,11 @@ def _document(record: logging.LogRecord) -> dict[str, Any]:
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return msgspec.json.encode(_document(record)).decode()
+        document = _document(record)
+        try:
+            return msgspec.json.encode(document).decode()
+        except UnicodeEncodeError:  # a path may hold bytes that are no text
+            return json.dumps(document)
 
 
 class _Text(logging.Formatter):

@@ -21,6 +21,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.metrics import MetricWrapperBase
@@ -28,6 +29,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from proxy import __version__
 from proxy.config import Config
 from proxy.exchange import Exchange
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a time of creation beside each counter, which nobody asks for
 
 access = logging.getLogger("sluice.access")
 
@@ -55,6 +58,7 @@ class Observer:
         self.in_flight: dict[str, Exchange] = {}
         self._clock = clock
         self._metrics = _Metrics()
+        self._shown: set[str] = set()  # routes whose gauge has been set, and must go back to 0
         self.use(config)
 
     def use(self, config: Config) -> None:
@@ -90,11 +94,12 @@ class Observer:
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        counts = dict.fromkeys(self._routes, 0)
+        counts = dict.fromkeys(self._shown, 0) | dict.fromkeys(self._routes, 0)
         for exchange in self.in_flight.values():
             counts[exchange.route] = counts.get(exchange.route, 0) + 1
         for route, count in counts.items():
             self._metrics.child(self._metrics.in_flight, route).set(count)
+        self._shown = set(counts)
         return generate_latest(self._metrics.registry)
 
     async def watch_loop(self) -> None:

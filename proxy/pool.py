@@ -40,12 +40,16 @@ class Pool:
     def release(self, connection: UpstreamConnection) -> None:
         """Takes a connection back: kept if its exchange ended cleanly, else closed."""
         now = asyncio.get_running_loop().time()
-        while self._idle and now - self._idle[0][0] >= KEEP_IDLE:
-            self._idle.pop(0)[1].abort()
         if connection.reusable and not self._closed and len(self._idle) < MAX_IDLE:
             self._idle.append((now, connection))
         else:
             connection.abort()
+
+    def sweep(self) -> None:
+        """Closes what has been idle for too long; to be called now and then."""
+        now = asyncio.get_running_loop().time()
+        while self._idle and now - self._idle[0][0] >= KEEP_IDLE:
+            self._idle.pop(0)[1].abort()
 
     def close(self) -> None:
         """Closes what is idle; what is in use is closed when it comes back."""

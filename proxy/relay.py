@@ -113,12 +113,13 @@ def _end(
     in any case, the connection ends without the last chunk: so also a client that ignores error
     events sees the cut. An upstream that said `[DONE]` has finished, whatever its framing lacks.
     """
-    if error is None or (error.code == "upstream_aborted" and tap.saw_last_event):
+    readable = answer.is_stream and answer.is_plain
+    if error is None or (readable and tap.saw_last_event):
         sink.finish()
         exchange.outcome = _outcome_of_whole(answer, tap)
         return
     exchange.outcome = outcome_of(error, Outcome.UPSTREAM_TRUNCATED)
-    if answer.is_stream and answer.is_plain and tap.on_event_boundary:
+    if readable and tap.on_event_boundary:
         sink.write(error.event(exchange.dialect, tap.next_sequence_number))
     sink.cut()
 

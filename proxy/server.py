@@ -142,6 +142,7 @@ class Process:
             await asyncio.sleep(_SWEEP)
             self._main.sweep()
             self._admin.sweep()
+            self._app.sweep()
 
 
 async def _listen(server: Server, host: str, port: int) -> asyncio.Server:

@@ -18,9 +18,13 @@ from typing import Any
 import msgspec
 
 MEDIA_TYPE = b"text/event-stream"
-_KEEP = 8 * 1024  # bytes that a tap remembers of each end: usage and the end marks fit many times
+_KEEP = (
+    4 * 1024
+)  # bytes that a tap remembers of each end; usage and the end marks fit in many times
+_EVENT_BEGIN = 256  # bytes of a long event's beginning: its name, type and number
 _MAX_EVENT = 256 * 1024  # a longer event is not looked into
 
+_BOM = b"\xef\xbb\xbf"  # one at the start of a stream is ignored
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 # A blank line is two line ends in a row; CR LF is one of them, never two.
 _BLANK = rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)"
@@ -42,22 +46,24 @@ _LAST_EVENT = re.compile(
 class Tap:
     """Remembers the first and the last few KiB of a body, at the cost of an append per piece."""
 
-    __slots__ = ("_tail", "_tail_size", "head")
+    __slots__ = ("_tail", "_tail_size", "_whole", "head")
 
     def __init__(self) -> None:
         self.head = b""
         self._tail: deque[bytes] = deque()
         self._tail_size = 0
+        self._whole = True  # the tail is all there was
 
     def remember(self, payload: bytes) -> None:
         if len(self.head) < _KEEP:
             self.head += payload[: _KEEP - len(self.head)]
         if len(payload) > _KEEP:
-            payload = payload[-_KEEP:]
+            payload = _without_middle(payload)
         self._tail.append(payload)
         self._tail_size += len(payload)
         while self._tail_size - len(self._tail[0]) >= _KEEP:
             self._tail_size -= len(self._tail.popleft())
+            self._whole = False
 
     @property
     def tail(self) -> bytes:
@@ -66,7 +72,8 @@ class Tap:
     @property
     def on_event_boundary(self) -> bool:
         """Whether an event may be added: nothing yet, or a blank line and then only comments."""
-        return _BETWEEN_EVENTS.search(self.tail) is not None
+        tail = self.tail if self._whole else b"x" + self.tail  # no false start of the stream
+        return _BETWEEN_EVENTS.search(tail) is not None
 
     @property
     def saw_last_event(self) -> bool:
@@ -86,6 +93,15 @@ class Tap:
         """The number that an event added to a Responses stream must bear."""
         numbers = _SEQUENCE_NUMBER.findall(self.tail)
         return int(numbers[-1]) + 1 if numbers else 0
+
+
+def _without_middle(payload: bytes) -> bytes:
+    """A large piece as its last event's beginning and its own end: Responses' last event repeats
+    the whole answer, and what it is stands in front."""
+    blank = payload.rfind(b"\n\n", 0, -2)
+    begin = blank + 2 if blank >= 0 else 0
+    end = max(begin + _EVENT_BEGIN, len(payload) - _KEEP)
+    return payload[begin : begin + _EVENT_BEGIN] + payload[end:]
 
 
 class FirstToken:
@@ -121,7 +137,7 @@ def events_of(stream: bytes) -> list[bytes]:
 def event_data(event: bytes) -> bytes:
     """The data of one event, its lines joined with LF."""
     lines = []
-    for line in _LINE_END.split(event):
+    for line in _LINE_END.split(event.removeprefix(_BOM)):
         name, colon, value = line.partition(b":")
         if name == b"data" and colon:
             lines.append(value.removeprefix(b" "))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
@@ -68,9 +67,6 @@ def build(
 def _connector(name: str, settings: config.Upstream) -> Connect:
     url = urlsplit(settings.base_url)
     assert url.hostname is not None  # config has seen to it
-    tls = None
-    if url.scheme == "https":
-        tls = ssl.create_default_context(cafile=settings.ca_file)
-        tls.set_alpn_protocols(["http/1.1"])
-    origin = Origin(url.hostname, url.port or _DEFAULT_PORTS[url.scheme], tls, name)
+    port = url.port or _DEFAULT_PORTS[url.scheme]
+    origin = Origin(url.hostname, port, settings.tls(), name)
     return lambda: connect(origin, settings.timeouts.connect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -134,6 +135,14 @@ class Upstream(Part):
         """Whether a credential of ours goes up with the requests of others."""
         names = {name.lower().encode() for name in self.headers}
         return bool(self.api_key or self.api_key_file or names & CREDENTIALS)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """A verifying client's context for https; None for other schemes."""
+        if not self.base_url.startswith("https://"):
+            return None
+        context = ssl.create_default_context(cafile=self.ca_file)
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
     def key_source(self) -> KeySource | None:
         """A new source of the key; None where the upstream has none."""

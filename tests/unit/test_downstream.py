@@ -1,0 +1,519 @@
+"""A client's connection: how it reads, how its requests come, and what a relayed answer looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from proxy.downstream import ClientConnection, Handler, Server, Sink, Timeouts
+from proxy.errors import Dialect, ProxyError
+from proxy.framing import ResponseHead
+
+GET = b"GET /x HTTP/1.1\r\nHost: sluice\r\n\r\n"
+OLD = b"GET /x HTTP/1.0\r\n\r\n"
+CLOSE = b"GET /x HTTP/1.1\r\nHost: sluice\r\nConnection: close\r\n\r\n"
+HEAD = b"HEAD /x HTTP/1.1\r\nHost: sluice\r\n\r\n"
+
+
+class Socket:
+    """What a reset asks of a socket."""
+
+    family = socket.AF_UNIX
+
+    def __init__(self) -> None:
+        self.options: list[tuple[object, ...]] = []
+
+    def setsockopt(self, *option: object) -> None:
+        self.options.append(option)
+
+
+class Transport(asyncio.Transport):
+    """A client that reads nothing; `buffered` is what it has not read."""
+
+    def __init__(self) -> None:
+        self.linger = Socket()
+        super().__init__({"socket": self.linger, "peername": ("127.0.0.1", 1)})
+        self.written = b""
+        self.writes = 0
+        self.buffered = 0
+        self.ended: str | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert self.ended is None
+        self.written += data
+        self.writes += 1
+
+    def get_write_buffer_size(self) -> int:
+        return self.buffered
+
+    def is_closing(self) -> bool:
+        return self.ended is not None
+
+    def close(self) -> None:
+        self.ended = self.ended or "close"
+
+    def abort(self) -> None:
+        self.ended = self.ended or "abort"
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+
+class Now:
+    """The loop's time, moved by hand."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def pass_(self, seconds: float) -> None:
+        self.now += seconds
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(8):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def now(monkeypatch: pytest.MonkeyPatch) -> Now:
+    now = Now(asyncio.get_running_loop().time())
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", now)
+    return now
+
+
+def refuse(error: ProxyError) -> web.Response:
+    answer = web.Response(
+        status=error.status, body=error.body(Dialect.CHAT), headers=error.headers()
+    )
+    answer.force_close()
+    return answer
+
+
+class Dialogue:
+    """One connection; `serve` says how its requests are answered."""
+
+    def __init__(self, server: Server, connection: ClientConnection, transport: Transport) -> None:
+        self.server, self.connection, self.client = server, connection, transport
+
+    async def says(self, *pieces: bytes) -> bytes:
+        """Sends pieces, and returns what came back since the last time."""
+        for piece in pieces:
+            self.connection.data_received(piece)
+            await settle()
+        written, self.client.written = self.client.written, b""
+        return written
+
+
+Serve = Callable[[Handler], Awaitable[Dialogue]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    begun: list[Dialogue] = []
+
+    async def serve(handler: Handler) -> Dialogue:
+        server = Server(handler, timeouts=lambda: Timeouts(10, 75, 120), refuse=refuse)
+        connection, transport = server(), Transport()
+        connection.connection_made(transport)
+        await settle()
+        begun.append(Dialogue(server, connection, transport))
+        return begun[-1]
+
+    yield serve
+    for each in begun:
+        each.connection.connection_lost(None)
+        await each.server.shutdown(0)
+
+
+async def ok(request: web.BaseRequest) -> web.StreamResponse:
+    return web.Response(text="ok")
+
+
+def answer(*fields: tuple[bytes, bytes], status: int = 200, reason: bytes = b"OK") -> ResponseHead:
+    return ResponseHead(1, status, reason, fields)
+
+
+SIZED = answer((b"Content-Length", b"5"))
+STREAM = answer((b"Content-Type", b"text/event-stream"), (b"Content-Length", b"5"))
+OURS = [(b"Sluice-Attempts", b"1")]
+
+
+def sinks(head: ResponseHead, *does: Any, stream: bool = False, then: Any = None) -> Handler:
+    """A handler that writes an answer: bytes are written, words are called."""
+
+    async def handler(request: web.BaseRequest) -> web.StreamResponse:
+        sink = Sink(request, head, OURS, stream=stream)
+        for step in does:
+            if isinstance(step, bytes):
+                sink.write(step)
+            else:
+                getattr(sink, step)()
+        if then is not None:
+            then(sink)
+        return sink
+
+    return handler
+
+
+# The sink -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "head", "stream", "expected"),
+    [
+        (
+            GET,
+            SIZED,
+            False,
+            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nSluice-Attempts: 1\r\n\r\nhello",
+        ),
+        (
+            GET,
+            answer(),
+            False,
+            (
+                b"HTTP/1.1 200 OK\r\nSluice-Attempts: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+                b"5\r\nhello\r\n0\r\n\r\n"
+            ),
+        ),
+        (
+            GET,
+            STREAM,
+            True,
+            (
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                b"Cache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n"
+                b"Sluice-Attempts: 1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+            ),
+        ),
+        (
+            CLOSE,
+            SIZED,
+            False,
+            (
+                b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nSluice-Attempts: 1\r\n"
+                b"Connection: close\r\n\r\nhello"
+            ),
+        ),
+        (
+            OLD,
+            SIZED,
+            False,
+            (
+                b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nSluice-Attempts: 1\r\n"
+                b"Connection: close\r\n\r\nhello"
+            ),
+        ),
+        (
+            OLD,
+            answer(),
+            False,
+            b"HTTP/1.1 200 OK\r\nSluice-Attempts: 1\r\nConnection: close\r\n\r\nhello",
+        ),
+        (
+            GET,
+            answer((b"X", b"\xfc"), status=299, reason=b"N\xf6"),
+            False,
+            (
+                b"HTTP/1.1 299 N\xf6\r\nX: \xfc\r\nSluice-Attempts: 1\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+            ),
+        ),
+    ],
+    ids=["sized", "chunked", "stream", "last", "old", "old, until close", "letters"],
+)
+async def test_whole_answers(
+    serve: Serve, request_: bytes, head: ResponseHead, stream: bool, expected: bytes
+) -> None:
+    talk = await serve(sinks(head, b"hello", "flush", "finish", stream=stream))
+    assert await talk.says(request_) == expected
+    assert talk.client.ended == (None if request_ is GET else "close")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "fields"),
+    [
+        (GET, 204, ()),
+        (GET, 304, ((b"Content-Length", b"5"),)),
+        (HEAD, 200, ((b"Content-Length", b"5"),)),
+        (HEAD, 200, ()),
+    ],
+)
+async def test_answers_without_a_body_have_no_chunk(
+    serve: Serve, request_: bytes, status: int, fields: Any
+) -> None:
+    talk = await serve(sinks(answer(*fields, status=status), "finish"))
+    written = await talk.says(request_)
+    assert written.startswith(b"HTTP/1.1 %d " % status)
+    assert written.endswith(b"\r\n\r\n")
+    assert written.count(b"\r\n\r\n") == 1
+    assert b"chunked" not in written
+    assert (b"Content-Length: 5" in written) == bool(fields)
+    assert talk.client.ended is None
+    assert await talk.says(request_) == written
+
+
+async def test_the_head_goes_out_with_the_first_bytes_or_alone(serve: Serve) -> None:
+    talk = await serve(sinks(SIZED, b"he", b"llo", "finish"))
+    await talk.says(GET)
+    assert talk.client.writes == 2
+    talk = await serve(sinks(SIZED, "flush", "flush", b"hello", "finish"))
+    assert (await talk.says(GET)).endswith(b"\r\n\r\nhello")
+    assert talk.client.writes == 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "head", "end"),
+    [
+        (GET, SIZED, "close"),
+        (GET, answer(), "close"),
+        (OLD, SIZED, "close"),
+        (OLD, answer(), "abort"),
+    ],
+)
+async def test_a_cut_ends_the_connection_without_a_last_chunk(
+    serve: Serve, request_: bytes, head: ResponseHead, end: str
+) -> None:
+    talk = await serve(sinks(head, b"hel", "cut"))
+    written = await talk.says(request_)
+    assert written.endswith((b"\r\n\r\nhel", b"\r\n\r\n3\r\nhel\r\n"))
+    assert talk.client.ended == end
+    assert bool(talk.client.linger.options[-1:]) >= (end == "abort")
+
+
+async def test_an_answer_that_is_cut_before_its_first_byte(serve: Serve) -> None:
+    talk = await serve(sinks(SIZED, "cut"))
+    assert (await talk.says(GET)).endswith(b"Sluice-Attempts: 1\r\n\r\n")
+    assert talk.client.ended == "close"
+
+
+async def test_one_answer_after_another(serve: Serve) -> None:
+    talk = await serve(sinks(SIZED, b"hello", "finish"))
+    both = await talk.says(GET + GET)
+    assert both == 2 * (await talk.says(GET))
+
+
+# Flow -----------------------------------------------------------------------------------------
+
+
+class Flow:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def pause(self) -> None:
+        self.told.append("pause")
+
+    def resume(self) -> None:
+        self.told.append("resume")
+
+    def client_lost(self) -> None:
+        self.told.append("lost")
+
+
+async def test_whoever_writes_is_told_how_the_client_reads(serve: Serve) -> None:
+    talk, flow = await serve(ok), Flow()
+    connection = talk.connection
+    connection.pause_writing()  # nobody writes yet
+    connection.serve(flow)
+    assert flow.told == ["pause"]  # it had better wait
+    connection.resume_writing()
+    connection.pause_writing()
+    connection.resume_writing()
+    assert flow.told == ["pause", "resume", "pause", "resume"]
+    connection.serve(None)
+    connection.pause_writing()
+    connection.resume_writing()
+    assert len(flow.told) == 4
+
+
+async def test_a_client_that_leaves_is_told_before_its_handler_is_cancelled(serve: Serve) -> None:
+    flow = Flow()
+
+    async def handler(request: web.BaseRequest) -> web.StreamResponse:
+        assert isinstance(request.protocol, ClientConnection)
+        request.protocol.serve(flow)
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            flow.told.append("cancelled")
+            raise
+        raise AssertionError
+
+    talk = await serve(handler)
+    await talk.says(GET)
+    talk.connection.connection_lost(None)
+    assert flow.told == ["lost"]
+    await settle()
+    assert flow.told == ["lost", "cancelled"]
+    talk.connection.serve(None)
+
+
+async def forever(request: web.BaseRequest) -> web.StreamResponse:
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
+
+
+async def test_a_reader_that_takes_nothing_is_let_go(serve: Serve, now: Now) -> None:
+    talk = await serve(forever)
+    await talk.says(GET)
+    talk.client.buffered = 1000
+    talk.connection.pause_writing()
+    await now.pass_(119)
+    assert talk.client.ended is None
+    await now.pass_(2)
+    assert talk.client.ended == "abort"
+
+
+async def test_a_reader_that_takes_little_is_not(serve: Serve, now: Now) -> None:
+    talk = await serve(forever)
+    await talk.says(GET)
+    talk.client.buffered = 1000
+    talk.connection.pause_writing()
+    for _ in range(5):
+        talk.client.buffered -= 1
+        await now.pass_(121)
+        assert talk.client.ended is None
+    talk.connection.resume_writing()
+    await now.pass_(1000)
+    assert talk.client.ended is None
+
+
+async def test_no_clock_outlives_the_connection(serve: Serve, now: Now) -> None:
+    talk = await serve(forever)
+    await talk.says(GET)
+    talk.connection.pause_writing()
+    talk.connection.connection_lost(None)
+    await now.pass_(1000)
+    assert talk.client.ended != "abort"
+
+
+# Heads that do not come -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [b"", b"G", GET[:-1], b"\r\n"])
+async def test_a_head_that_takes_too_long(serve: Serve, now: Now, said: bytes) -> None:
+    talk = await serve(ok)
+    if said:
+        assert await talk.says(said) == b""
+    now.now += 10
+    talk.server.sweep()
+    assert talk.client.ended is None
+    now.now += 0.1
+    talk.server.sweep()
+    assert talk.client.ended is not None
+    if not said:  # a browser's spare connection: it expects no answer
+        assert talk.client.written == b""
+        return
+    head, _, body = talk.client.written.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+    assert b"Content-Length: %d" % len(body) in head
+    assert b"Connection: close" in head
+    assert b'"code":"request_timeout"' in body
+
+
+async def test_a_dripping_head_does_not_help(serve: Serve, now: Now) -> None:
+    talk = await serve(ok)
+    for at in range(12):
+        await talk.says(GET[at : at + 1])
+        now.now += 0.9
+        talk.server.sweep()
+    assert talk.client.ended is not None
+
+
+async def test_the_clock_begins_anew_with_each_head(serve: Serve, now: Now) -> None:
+    talk = await serve(ok)
+    for _ in range(4):
+        assert b"ok" in await talk.says(GET)
+        now.now += 60  # idle: keep_alive counts, not head
+        talk.server.sweep()
+        assert talk.client.ended is None
+    await talk.says(b"G")
+    now.now += 9
+    talk.server.sweep()
+    assert talk.client.ended is None
+    now.now += 2
+    talk.server.sweep()
+    assert talk.client.ended is not None
+
+
+async def test_a_request_in_progress_has_its_head(serve: Serve, now: Now) -> None:
+    go = asyncio.Event()
+
+    async def handler(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        await go.wait()
+        return web.Response(text="late")
+
+    talk = await serve(handler)
+    await talk.says(b"POST /x HTTP/1.1\r\nHost: s\r\nContent-Length: 4\r\n\r\n", b"ab")
+    now.now += 1000
+    talk.server.sweep()
+    await talk.says(b"cd")
+    now.now += 1000
+    talk.server.sweep()
+    assert talk.client.ended is None
+    go.set()
+    assert b"late" in await talk.says(b"")
+
+
+# Requests that cannot be read -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "code"),
+    [
+        (b"NONSENSE\r\n\r\n", 400, b"invalid_request"),
+        (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400, b"invalid_request"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: 1\r\n b\r\n\r\n", 400, b"invalid_request"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n", 400, b"invalid_request"),
+        (
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            400,
+            b"invalid_request",
+        ),
+        (
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            400,
+            b"invalid_request",
+        ),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +1\r\n\r\n", 400, b"invalid_request"),
+        (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, b"uri_too_long"),
+        (b"GET / HTTP/1.1\r\nA: " + b"a" * 33_000 + b"\r\n\r\n", 431, b"headers_too_large"),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 5000 + b"\r\n", 431, b"headers_too_large"),
+    ],
+    ids=lambda value: value[:60] if isinstance(value, bytes) else str(value),
+)
+async def test_what_is_no_request(serve: Serve, said: bytes, status: int, code: bytes) -> None:
+    async def handler(request: web.BaseRequest) -> web.StreamResponse:
+        raise AssertionError("it must not get here")
+
+    talk = await serve(handler)
+    written = await talk.says(said)
+    assert written[9:13] == b"%d " % status  # aiohttp answers as HTTP/1.0 what it can't read
+    assert b'"code":"' + code + b'"' in written
+    assert b"aaaa" not in written
+    assert talk.client.ended == "close"
+
+
+async def test_bodies_are_not_inflated(serve: Serve) -> None:
+    async def handler(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=await request.read())
+
+    talk = await serve(handler)
+    said = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b!!"
+    assert (await talk.says(said)).endswith(b"\r\n\r\n\x1f\x8b!!")

@@ -1,0 +1,415 @@
+"""What a stream tells of itself, at every byte of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.sse import FirstToken, Tap, event_data, events_of, has_token, is_error
+
+ENDS = pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+
+
+def tapped(*pieces: bytes) -> Tap:
+    tap = Tap()
+    for piece in pieces:
+        tap.remember(piece)
+    return tap
+
+
+def data(document: Any) -> bytes:
+    return json.dumps(document).encode()
+
+
+def event(document: Any, name: str | None = None) -> bytes:
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + data(document) + b"\n\n"
+
+
+def chat(**delta: Any) -> dict[str, Any]:
+    """A chunk of a chat completion."""
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+    }
+
+
+# The WHATWG's interpretation, as plainly as it can be written ---------------------------------
+
+
+def lines_of(stream: bytes) -> tuple[list[bytes], bytes]:
+    """The whole lines, and what has come of the next. A CR ends a line at once."""
+    stream = stream.removeprefix(b"\xef\xbb\xbf")
+    lines, line, at = [], b"", 0
+    while at < len(stream):
+        byte = stream[at : at + 1]
+        at += 1
+        if byte in {b"\r", b"\n"}:
+            if byte == b"\r" and stream[at : at + 1] == b"\n":
+                at += 1
+            lines.append(line)
+            line = b""
+        else:
+            line += byte
+    return lines, line
+
+
+def between_events(stream: bytes) -> bool:
+    """Whether an added event would be read as one, and spoil none that has begun."""
+    lines, unfinished = lines_of(stream)
+    in_event = False
+    for line in lines:
+        if not line:
+            in_event = False
+        elif not line.startswith(b":"):
+            in_event = True
+    return not unfinished and not in_event
+
+
+def dispatched(stream: bytes) -> list[bytes]:
+    """The data of the events that a browser would dispatch."""
+    found: list[bytes] = []
+    values: list[bytes] = []
+    for line in lines_of(stream)[0]:
+        name, _, value = line.partition(b":")
+        if not line:
+            if values:
+                found.append(b"\n".join(values))
+            values = []
+        elif name == b"data":
+            values.append(value.removeprefix(b" "))
+    return found
+
+
+RECORDED = (
+    b"\xef\xbb\xbf: hello\n\n"
+    + event(chat(role="assistant", content=""))
+    + b'data: {"choices":[{"delta":{"content":"Gr\xc3\xbc\xc3\x9fe"}}]}\n\n'
+    + b": ping\n\n:\n"
+    + b"event: odd\nid: 7\nretry: 300\ndata: 1\ndata:  2\n: within\ndata:3\n\n"
+    + b"nonsense\n\n\n\n"
+    + b"data: [DONE]\n\n"
+)
+
+
+@ENDS
+def test_where_an_event_may_be_added_at_every_byte(end: bytes) -> None:
+    stream = RECORDED.replace(b"\n", end)
+    boundaries = 0
+    for at in range(len(stream) + 1):
+        seen = stream[:at]
+        if b"\xef\xbb\xbf".startswith(seen) and seen:
+            continue  # half a BOM: nobody sends one
+        found = tapped(seen).on_event_boundary
+        assert found == between_events(seen), seen[-40:]
+        assert tapped(*(seen[i : i + 1] for i in range(at))).on_event_boundary == found
+        boundaries += found
+    assert boundaries >= 10
+
+
+@given(st.lists(st.sampled_from([b"\n", b"\r", b"\r\n", b":", b"a", b"data: x", b": c"])))
+def test_an_event_is_never_added_within_another(pieces: list[bytes]) -> None:
+    stream = b"".join(pieces)
+    if tapped(*pieces).on_event_boundary:
+        assert between_events(stream)
+    # Not to add one where it could stand is allowed only behind a blank line at the very start.
+    elif between_events(stream):
+        assert stream.startswith((b"\r", b"\n"))
+
+
+@ENDS
+def test_boundaries_of_long_streams(end: bytes) -> None:
+    one = b"data: " + b"x" * 500 + end + end
+    long = [one] * 100
+    assert tapped(*long).on_event_boundary
+    assert tapped(*long, b": comment" + end).on_event_boundary
+    assert not tapped(*long, b"data: y" + end).on_event_boundary
+    assert not tapped(*long, b": comment").on_event_boundary
+    assert tapped(*long, b"data: " + b"y" * 100_000 + end + end).on_event_boundary
+    assert not tapped(*long, b"data: " + b"y" * 100_000 + end).on_event_boundary
+
+
+def test_many_comments_hide_no_unfinished_event() -> None:
+    assert not tapped(b"data: unfinished\n", *[b": ping\n"] * 5000).on_event_boundary
+
+
+@ENDS
+def test_events_and_their_data(end: bytes) -> None:
+    stream = RECORDED.replace(b"\n", end)
+    events = events_of(stream)
+    assert b"".join(events) == stream
+    found = [event_data(each) for each in events]
+    assert [each for each in found if each] == dispatched(stream)
+
+
+def test_an_unfinished_event_is_none() -> None:
+    assert events_of(b"data: 1\n\ndata: 2\n") == [b"data: 1\n\n"]
+    assert events_of(b"") == []
+
+
+# The tap --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 4096, 4097, 100_000])
+def test_a_tap_keeps_both_ends_and_little_else(size: int) -> None:
+    stream = bytes(range(256)) * 400
+    tap = tapped(*(stream[at : at + size] for at in range(0, len(stream), size)))
+    assert tap.head == stream[:4096]
+    assert stream.endswith(tap.tail[-4096:])
+    assert 4096 <= len(tap.tail) < 4096 + min(size, 4096) + 256
+
+
+def test_a_tap_of_a_short_body_has_all_of_it() -> None:
+    tap = tapped(b"ab", b"c")
+    assert (tap.head, tap.tail) == (b"abc", b"abc")
+    assert (tapped().head, tapped().tail) == (b"", b"")
+
+
+LAST_EVENTS = [
+    b"data: [DONE]\n\n",
+    b"data:[DONE]\n\n",
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+    b'event:message_stop\ndata:{"type": "message_stop"}\n\n',
+    b'event: response.completed\ndata: {"type":"response.completed"}\n\n',
+    b'event: response.incomplete\ndata: {"type":"response.incomplete"}\n\n',
+    b'event: response.failed\ndata: {"type":"response.failed"}\n\n',
+]
+
+
+@ENDS
+@pytest.mark.parametrize("last", LAST_EVENTS)
+def test_the_last_event_of_every_dialect(last: bytes, end: bytes) -> None:
+    last = last.replace(b"\n", end)
+    before = (b"data: 1\n\n" * 2000).replace(b"\n", end)
+    assert tapped(last).saw_last_event
+    assert tapped(before, last).saw_last_event
+    assert tapped(*(bytes([byte]) for byte in before + last)).saw_last_event
+    for at in range(len(last)):
+        # A blank line that ends in CR LF is over with its CR.
+        assert tapped(before, last[:at]).saw_last_event == last[:at].endswith(b"\r\n\r")
+    assert not tapped(last, b"data: 1" + end + end).saw_last_event
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b'data: {"content":"data: [DONE]"}\n\n',
+        b"xdata: [DONE]\n\n",
+        b": data: [DONE]\n\n",
+        b"data: [DONE]x\n\n",
+        b"event: message_stopped\ndata: {}\n\n",
+        b"event: message_stop\n\n",
+        b"event: response.created\ndata: {}\n\n",
+        b"event: error\ndata: {}\n\n",
+        b"[DONE]\n\n",
+    ],
+)
+def test_what_is_no_last_event(end: bytes) -> None:
+    assert not tapped(b"data: 1\n\n", end).saw_last_event
+
+
+def test_a_last_event_may_be_long() -> None:
+    # Responses repeat the whole answer in `response.completed`.
+    last = event({"type": "response.completed", "text": "x" * 20_000}, "response.completed")
+    assert tapped(b"data: 1\n\n", last).saw_last_event
+
+
+@pytest.mark.parametrize(
+    ("stream", "error"),
+    [
+        (event({"error": {"message": "m"}}), True),
+        (event({"error": "m"}), True),
+        (event({"type": "error", "error": {"type": "overloaded_error"}}, "error"), True),
+        (event({"type": "response.failed", "response": {}}, "response.failed"), True),
+        (event({"type": "error", "code": "x", "sequence_number": 0}), True),
+        (b": ping\n\nevent: ping\n\n" + event({"error": {"message": "m"}}), True),
+        (event(chat(content="x")) + event({"error": {"message": "m"}}), False),
+        (event({"error": None, "choices": []}), False),
+        (event({"error": {}}), False),
+        (event({"type": "response.created", "response": {"error": None}}), False),
+        (event({"type": "message_start"}, "message_start"), False),
+        (event([{"error": 1}]), False),
+        (b'data: {"error":\n\n', False),
+        (b'data: {"error":1}\n', False),
+        (b"data: [DONE]\n\n", False),
+        (b"", False),
+    ],
+)
+def test_streams_that_begin_with_an_error(stream: bytes, error: bool) -> None:
+    assert tapped(stream).began_with_error is error
+    assert tapped(*(bytes([byte]) for byte in stream)).began_with_error is error
+    assert tapped(stream.replace(b"\n", b"\r\n")).began_with_error is error
+    assert tapped(stream, b"data: 1\n\n" * 5000).began_with_error is error
+
+
+def test_a_byte_order_mark_hides_no_event() -> None:
+    mark = b"\xef\xbb\xbf"
+    assert tapped(mark + event({"error": {"message": "m"}})).began_with_error
+    assert FirstToken().seen_in(mark + event(chat(content="x")))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "number"),
+    [
+        ([], 0),
+        ([b"data: 1\n\n"], 0),
+        ([event({"sequence_number": 0})], 1),
+        ([event({"sequence_number": n}) for n in range(2000)], 2000),
+        ([b'data: {"sequence_number":41}\n\n', b": ping\n\n"], 42),
+        ([b'data: {"sequence_number": 999999999999999}\n\n'], 10**15),
+        ([b'data: {"sequence_number": "x"}\n\n'], 0),
+        ([event({"sequence_number": 8, "text": "x" * 20_000})], 9),
+    ],
+)
+def test_the_next_sequence_number(pieces: list[bytes], number: int) -> None:
+    assert tapped(*pieces).next_sequence_number == number
+
+
+# The first token ------------------------------------------------------------------------------
+
+TOKENS: list[tuple[Any, bool]] = [
+    # OpenAI's chat completions, and what others add to them
+    (chat(role="assistant", content=""), False),
+    (chat(role="assistant"), False),
+    (chat(role="assistant", content=None, refusal=None), False),
+    (chat(role="assistant", content="", tool_calls=[]), False),
+    (chat(), False),
+    (chat(content="x"), True),
+    (chat(content=" "), True),
+    (chat(role="assistant", content="x"), True),
+    (chat(reasoning_content="x"), True),
+    (chat(content="", reasoning_content=None), False),
+    (chat(reasoning="x"), True),
+    (chat(content=None, reasoning=""), False),
+    (chat(tool_calls=[{"index": 0, "function": {"name": "f", "arguments": ""}}]), True),
+    (chat(refusal="I"), True),
+    (chat(function_call={"name": "f"}), True),
+    ({"choices": [{"delta": {}, "finish_reason": "stop"}]}, False),
+    ({"choices": [{"delta": {"content": ""}}, {"delta": {"content": "x"}}]}, True),
+    ({"choices": [], "usage": {"completion_tokens": 1}}, False),
+    ({"choices": [{"delta": None}]}, False),
+    ({"choices": [None, 1, "x"]}, False),
+    ({"choices": {"delta": {"content": "x"}}}, False),
+    ({"choices": None}, False),
+    ({"error": {"message": "m"}}, False),
+    # legacy completions
+    ({"object": "text_completion", "choices": [{"text": "x", "index": 0}]}, True),
+    ({"object": "text_completion", "choices": [{"text": "", "index": 0}]}, False),
+    # Anthropic's messages
+    ({"type": "message_start", "message": {"content": [], "role": "assistant"}}, False),
+    ({"type": "ping"}, False),
+    (
+        {
+            "type": "content_block_start",
+            "index": 0,
+            "content_block": {"type": "text", "text": ""},
+        },
+        False,
+    ),
+    ({"type": "content_block_delta", "delta": {"type": "text_delta", "text": "x"}}, True),
+    ({"type": "content_block_delta", "delta": {"type": "text_delta", "text": ""}}, False),
+    ({"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "x"}}, True),
+    ({"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": ""}}, False),
+    (
+        {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": "{"}},
+        True,
+    ),
+    (
+        {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": ""}},
+        False,
+    ),
+    (
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+            "usage": {"output_tokens": 1},
+        },
+        False,
+    ),
+    ({"type": "message_stop"}, False),
+    ({"type": "error", "error": {"message": "m"}}, False),
+    # Responses
+    ({"type": "response.created", "response": {"output": []}}, False),
+    ({"type": "response.output_item.added", "item": {"content": []}}, False),
+    ({"type": "response.output_text.delta", "delta": "x"}, True),
+    ({"type": "response.output_text.delta", "delta": ""}, False),
+    ({"type": "response.reasoning_summary_text.delta", "delta": "x"}, True),
+    ({"type": "response.function_call_arguments.delta", "delta": "{"}, True),
+    ({"type": "response.refusal.delta", "delta": "I"}, True),
+    ({"type": "response.output_text.done", "text": "x"}, False),
+    # neither
+    ([], False),
+    ("x", False),
+    (None, False),
+    ({"type": None}, False),
+    ({"type": 1, "delta": "x"}, False),
+]
+
+
+@pytest.mark.parametrize(("document", "token"), TOKENS)
+def test_what_is_a_token(document: Any, token: bool) -> None:
+    assert has_token(data(document)) is token
+    assert FirstToken().seen_in(event(document)) is token
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        b"",
+        b"[DONE]",
+        b"{",
+        b"\xff",
+        b'{"choices":[{"text":"\xff"}]}',
+        b'{"choices":' + b"[" * 100_000,
+        b'{"a":' * 5000 + b"1" + b"}" * 5000,
+        b'{"type":"\\ud800"}',
+        b'{"choices":NaN}',
+        b'{"choices":1e999999}',
+        b"\xef\xbb\xbf{}",
+    ],
+)
+def test_what_cannot_be_read_is_neither_token_nor_error(hostile: bytes) -> None:
+    assert not has_token(hostile)
+    assert not is_error(hostile)
+
+
+def plays(*pieces: bytes) -> Iterator[bool]:
+    watch = FirstToken()
+    return (watch.seen_in(piece) for piece in pieces)
+
+
+@ENDS
+def test_the_first_token_in_every_split(end: bytes) -> None:
+    before = b": ping\n\n" + event(chat(role="assistant", content=""))
+    before = before.replace(b"\n", end)
+    token = event(chat(content="x")).replace(b"\n", end)
+    stream = before + token
+    for at in range(1, len(stream)):
+        first, second = plays(stream[:at], stream[at:])
+        # The blank line that ends it in CR LF is over with its CR.
+        assert first == stream[:at].endswith(b"\r\n\r") * (at > len(before))
+        assert first or second
+    found = list(plays(*(bytes([byte]) for byte in stream)))
+    assert found.index(True) == len(stream) - (2 if end == b"\r\n" else 1)
+
+
+def test_a_token_of_several_data_lines() -> None:
+    assert FirstToken().seen_in(b'data: {"choices":\ndata: [{"text":\ndata:"x"}]}\n\n')
+
+
+def test_looking_ends_where_an_event_is_too_long() -> None:
+    watch = FirstToken()
+    assert not watch.seen_in(b"data: " + b"x" * 200_000)
+    assert watch.seen_in(b"x" * 100_000)
+
+
+def test_events_without_a_token_are_not_kept() -> None:
+    watch = FirstToken()
+    for _ in range(1000):
+        assert not watch.seen_in(event({"type": "ping", "padding": "x" * 1000}))
