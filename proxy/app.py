@@ -118,17 +118,17 @@ class App:
             try:
                 answer = await self._story(request, exchange)
             except ProxyError as error:
-                answer = self._error(request, exchange.request_id, error)
+                answer = self._failed(request, exchange, error)
             except asyncio.CancelledError:
                 interruption = exchange.interrupted()
                 if interruption is None:
                     raise
                 if exchange.upstream is not None:
                     exchange.outcome = outcome_of(interruption, Outcome.CLIENT_GONE)
-                answer = self._error(request, exchange.request_id, interruption)
+                answer = self._failed(request, exchange, interruption)
             except Exception:
                 log.exception("internal_error", extra={"fields": {"id": exchange.request_id}})
-                answer = self._error(request, exchange.request_id, _internal_error())
+                answer = self._failed(request, exchange, _internal_error())
             exchange.status = answer.status
             return answer
 
@@ -162,7 +162,7 @@ class App:
     def _refuse(self, error: ProxyError) -> web.Response:
         """The answer to what never became a request; it counts like one."""
         with self.observer.exchange("-", "-", None) as exchange:
-            exchange.status = error.status
+            exchange.status, exchange.error = error.status, error
             headers = {"Sluice-Request-Id": exchange.request_id, "Server": "sluice"}
             body = error.body(Dialect.CHAT)
             answer = web.Response(status=error.status, body=body, headers=error.headers() | headers)
@@ -170,6 +170,12 @@ class App:
             return answer
 
     # What answers of ours bear.
+
+    def _failed(
+        self, request: web.BaseRequest, exchange: Exchange, error: ProxyError
+    ) -> web.Response:
+        exchange.error = error
+        return self._error(request, exchange.request_id, error)
 
     def _error(self, request: web.BaseRequest, request_id: str, error: ProxyError) -> web.Response:
         """The one rendering of an error as an HTTP answer."""

@@ -422,30 +422,30 @@ async def connect(origin: Origin, timeout: float) -> UpstreamConnection:
             "upstream_timeout",
             f"Upstream '{origin.label}' ran into its connect timeout of {timeout:g} s.",
             clock="connect",
+            detail=f"{origin.host}:{origin.port}",
         ) from None
-    except ssl.SSLError as error:
-        raise _unreachable(origin, f"TLS failed ({_tls_reason(error)})") from error
     except OSError as error:
-        raise _unreachable(origin, _os_reason(error)) from error
+        raise ProxyError(
+            "upstream_unreachable",
+            f"Upstream '{origin.label}' could not be reached: {_reason(error, origin)}.",
+            detail=f"{origin.host}:{origin.port}: {error}",
+        ) from error
 
 
-def _unreachable(origin: Origin, reason: str) -> ProxyError:
-    return ProxyError(
-        "upstream_unreachable", f"Upstream '{origin.label}' could not be reached: {reason}."
-    )
-
-
-def _tls_reason(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate was refused: {error.verify_message}"
-    return (getattr(error, "reason", None) or "unknown reason").lower().replace("_", " ")
-
-
-def _os_reason(error: OSError) -> str:
-    """A reason without addresses, which are nothing for a client to know."""
-    if error.errno is not None and error.errno in errno.errorcode:
-        return _OS_WORDS.get(error.errno, errno.errorcode[error.errno])
-    return "its name could not be resolved, or no address of it answered"
+def _reason(error: OSError, origin: Origin) -> str:
+    """Why there is no connection, without addresses, which are nothing for a client to know."""
+    match error:
+        case ssl.SSLCertVerificationError():
+            return f"its certificate was refused: {error.verify_message}"
+        case ssl.SSLError():
+            return "TLS failed: is https right for it?"
+        case socket.gaierror():
+            return "its name could not be resolved"
+        case OSError(errno=int(number)):
+            return _OS_WORDS.get(number, errno.errorcode.get(number, "unknown error"))
+        case _ if origin.tls is not None:
+            return "it closed the connection during the TLS handshake: is https right for it?"
+    return "none of its addresses answered"
 
 
 _OS_WORDS = {

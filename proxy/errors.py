@@ -96,7 +96,7 @@ class ProxyError(Exception):
     """Something went wrong; `code` is one of KINDS.
 
     `message` says what happened, where, and what to do; it is shown to clients, so it never holds a
-    key or an upstream's text. `clock` names the timeout that ran out (connect, first_byte, idle,
+    key or an upstream's text. `detail` is for the log alone: addresses, the system's words. `clock` names the timeout that ran out (connect, first_byte, idle,
     total). `retry_after` is in seconds. `close` asks for the client's connection to be closed.
     """
 
@@ -107,6 +107,7 @@ class ProxyError(Exception):
         *,
         param: str | None = None,
         clock: str | None = None,
+        detail: str | None = None,
         retry_after: float | None = None,
         close: bool = False,
         extra_headers: Mapping[str, str] | None = None,
@@ -117,6 +118,7 @@ class ProxyError(Exception):
         self.kind = KINDS[code]
         self.param = param
         self.clock = clock
+        self.detail = detail
         self.retry_after = retry_after
         self.close = close
         self._extra_headers = extra_headers or {}

@@ -99,6 +99,7 @@ class Exchange:
     tokens_out: int | None = None
     task: asyncio.Task[object] | None = None
     interruption: ProxyError | None = None
+    error: ProxyError | None = None  # what the client was told, as an answer or in-band
 
     @property
     def dialect(self) -> Dialect:

@@ -130,8 +130,8 @@ def parse_head(block: bytes) -> ResponseHead:
         raise FramingError("its head has a malformed header field")
     fields = block[line.end() : -4].split(b"\r\n") if line.end() < len(block) - 2 else []
     headers = []
-    for field in fields:
-        name, _, value = field.partition(b":")
+    for each in fields:
+        name, _, value = each.partition(b":")
         headers.append((name, value.strip(b" \t")))
     return ResponseHead(int(line[1]), int(line[2]), line[3] or b"", tuple(headers))
 

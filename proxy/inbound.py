@@ -80,7 +80,7 @@ def _refuse_traversal(path: str) -> None:
 def unknown_url() -> ProxyError:
     return ProxyError(
         "unknown_url",
-        f"There is nothing here. Requests to an upstream go to {PREFIX}/…, such as "
+        f"There is nothing here. Requests to an upstream go to {PREFIX}/..., such as "
         f"{PREFIX}/chat/completions.",
     )
 
@@ -171,7 +171,7 @@ async def _next_piece(content: Any, timeout: float) -> bytes:
 def _too_large(max_body: int) -> ProxyError:
     return ProxyError(
         "request_too_large",
-        f"The request's body is larger than {max_body} bytes, the `max_body` of this proxy.",
+        f"The request's body is larger than {max_body} bytes, this proxy's `max_body`.",
         close=True,
     )
 

@@ -28,6 +28,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from proxy import __version__
 from proxy.config import Config
+from proxy.errors import ProxyError, Source
 from proxy.exchange import Exchange
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a time of creation beside each counter, which nobody asks for
@@ -111,6 +112,8 @@ class Observer:
 
     def _write(self, exchange: Exchange) -> None:
         self._metrics.observe(exchange, self._model_label(exchange.model))
+        if exchange.error is not None:
+            _explain(exchange, exchange.error)
         if access.isEnabledFor(logging.INFO):
             access.info("request", extra={"fields": _access_fields(exchange)})
 
@@ -213,6 +216,21 @@ class _Metrics:
         if exchange.chunks > 1 and exchange.last_payload is not None:
             span = exchange.last_payload - exchange.first_byte
             child(self.inter_chunk, route).observe(span / (exchange.chunks - 1))
+
+
+def _explain(exchange: Exchange, error: ProxyError) -> None:
+    """Why a request failed: a warning if it was an upstream's doing or ours, else for whoever asks
+    for details."""
+    level = logging.DEBUG if error.kind.source is Source.DOWNSTREAM else logging.WARNING
+    if access.isEnabledFor(level):
+        fields = {
+            "request_id": exchange.request_id,
+            "upstream": exchange.upstream,
+            "code": error.code,
+            "message": error.message,
+            "detail": error.detail,
+        }
+        access.log(level, "error", extra={"fields": fields})
 
 
 def _access_fields(exchange: Exchange) -> dict[str, Any]:

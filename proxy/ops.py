@@ -86,7 +86,7 @@ class Ops:
         if scheme.lower() != "bearer" or not hmac.compare_digest(offered, expected):
             raise ProxyError(
                 "invalid_api_key",
-                "The admin key is missing or wrong: send it as `Authorization: Bearer …`.",
+                "The admin key is missing or wrong: send it as `Authorization: Bearer KEY`.",
                 extra_headers={"WWW-Authenticate": "Bearer"},
             )
 

@@ -118,6 +118,7 @@ def _end(
         sink.finish()
         exchange.outcome = _outcome_of_whole(answer, tap)
         return
+    exchange.error = error
     exchange.outcome = outcome_of(error, Outcome.UPSTREAM_TRUNCATED)
     if readable and tap.on_event_boundary:
         sink.write(error.event(exchange.dialect, tap.next_sequence_number))

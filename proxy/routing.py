@@ -33,8 +33,9 @@ class Router:
         if model is None:
             raise ProxyError(
                 "model_not_found",
-                "The request names no model, and no route takes such requests. Name a model in "
-                "the JSON body.",
+                "No model can be read from the request (`model` in a JSON body sent with "
+                "Content-Type: application/json), and no route has the pattern '*', which takes "
+                "such requests.",
                 param="model",
             )
         raise ProxyError(

@@ -11,6 +11,7 @@ In `notice` everything is served, only /readyz says 503, so that load balancers 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -70,6 +71,7 @@ class Process:
                 self._main.shutdown(_LAST_WORDS), self._admin.shutdown(_LAST_WORDS)
             )
             await self._app.close()
+            log.info("stopped")
 
     async def _watched(self, life: Coroutine[Any, Any, None]) -> None:
         """Runs `life` beside the watches of the process, which end with it."""
@@ -98,7 +100,12 @@ class Process:
         (self._hurry if self._stop.is_set() else self._stop).set()
 
     async def _drain(self, main: asyncio.Server) -> None:
-        log.info("draining", extra={"fields": {"open": len(self._app.observer.in_flight)}})
+        fields = {
+            "open": len(self._app.observer.in_flight),
+            "timeout": self._config.drain_timeout,
+            "hint": "a second signal ends them now",
+        }
+        log.info("draining", extra={"fields": fields})
         self._app.draining = True
         await self._unless_hurried(self._config.drain_notice)
         self._app.refusing = True
@@ -113,7 +120,6 @@ class Process:
             exchange.interrupt(
                 ProxyError("shutting_down", "The proxy was shut down before this answer's end.")
             )
-        log.info("stopped", extra={"fields": {"cut": len(self._app.observer.in_flight)}})
 
     async def _unless_hurried(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -148,14 +154,24 @@ class Process:
 async def _listen(server: Server, host: str, port: int) -> asyncio.Server:
     try:
         return await asyncio.get_running_loop().create_server(server, host, port, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        raise BindError(f"can't listen on {host}:{port}: {error}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "the port is in use; choose another (--port)"
+        raise BindError(f"can't listen on {host}:{port}: {reason}") from error
 
 
 def _announce(config: Config, main: asyncio.Server) -> None:
-    upstreams = {name: upstream.base_url for name, upstream in config.upstreams.items()}
-    urls = [_url(sock) for sock in main.sockets]
-    log.info("listening", extra={"fields": {"url": urls[0], "upstreams": upstreams}})
+    upstreams = [
+        f"{name} ({'the embedded demo: made-up answers' if each.demo else each.base_url})"
+        for name, each in config.upstreams.items()
+    ]
+    fields = {"url": _url(main.sockets[0]), "upstreams": ", ".join(upstreams)}
+    log.info("listening", extra={"fields": fields})
+    spendable = [name for name, each in config.upstreams.items() if each.injects]
+    if config.open and spendable:
+        hint = "whoever reaches this address spends the keys of these upstreams"
+        log.warning("open", extra={"fields": {"upstreams": ", ".join(spendable), "hint": hint}})
 
 
 def _url(sock: socket.socket) -> str:

@@ -52,6 +52,8 @@ def base_url(url: str) -> str:
         raise ValueError(
             "must be http(s)://host[:port][/path] without query and credentials, or demo://"
         )
+    if url.rstrip("/").endswith("/chat/completions"):
+        raise ValueError("must end before /chat/completions, which comes with the request")
     host(match["host"].strip("[]"))
     return match["origin"].lower() + (match["path"] or "").rstrip("/")
 

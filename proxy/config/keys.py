@@ -51,8 +51,9 @@ class KeyFile(KeySource):
         except ValueError as error:
             trouble = str(error)
         if bool(trouble) != bool(self._trouble):
-            now = f"{trouble}: the last good key stays in use" if trouble else "can be read again"
-            _logger.warning("%s: %s", self._path, now)
+            event = "key_file_unusable" if trouble else "key_file_usable_again"
+            fields = {"path": str(self._path), "problem": trouble or None}
+            _logger.warning(event, extra={"fields": fields})
         self._trouble = trouble
         return self._key
 

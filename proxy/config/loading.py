@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from proxy.config.checks import check
+from proxy.config.checks import NOT_YET, check
 from proxy.config.document import Document, read
 from proxy.config.models import Client, Config, Route, Upstream
 
@@ -109,7 +109,7 @@ def _wording(fault: Any) -> str:
     kind, context = fault["type"], fault.get("ctx", {})
     *around, key = fault["loc"]
     if kind == "extra_forbidden":
-        allowed = sorted(_fields(around))
+        allowed = sorted(_fields(around).keys() - NOT_YET.get(_model(around), {}).keys())
         near = difflib.get_close_matches(str(key), allowed, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"is an unknown key: {hint}allowed are {', '.join(allowed)}"
@@ -120,15 +120,19 @@ def _wording(fault: Any) -> str:
 
 
 def _fields(where: list[str | int]) -> dict[str, FieldInfo]:
-    """The fields of the model at that place."""
+    fields: dict[str, FieldInfo] = _model(where).model_fields
+    return fields
+
+
+def _model(where: list[str | int]) -> Any:
+    """The model at that place."""
     kind: Any = Config
     for step in where:
         is_model = hasattr(kind, "model_fields")
         kind = kind.model_fields[step].annotation if is_model else _inner(kind)
         if NoneType in get_args(kind):
             kind = _inner(kind)
-    fields: dict[str, FieldInfo] = kind.model_fields
-    return fields
+    return kind
 
 
 def _inner(kind: Any) -> Any:

@@ -215,6 +215,8 @@ def key(value: object) -> str:
     found = text(value)
     if not found.isascii() or " " in found:
         raise ValueError("must be visible ASCII without spaces, to stand in a header")
+    if found.startswith("$"):
+        raise ValueError("is no key: a variable is written ${NAME}, with braces")
     return found
 
 

@@ -11,7 +11,19 @@ import pytest
 
 from proxy.exchange import Outcome
 from tests.flow.conftest import Sluice, Start
-from tests.flow.wire import LAST, STREAM, Reply, Until, UntilGone, chunked, get, json_answer, post
+from tests.flow.wire import (
+    LAST,
+    STREAM,
+    Close,
+    Reply,
+    Until,
+    UntilGone,
+    Upstream,
+    chunked,
+    get,
+    json_answer,
+    post,
+)
 
 EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 PAGE = "Origin: https://page.example"
@@ -197,3 +209,26 @@ async def test_the_access_line_tells_everything_but_what_was_said(
     assert (fields["path"], fields["status"], fields["outcome"]) == ("/v1/x", 200, "completed")
     assert (fields["bytes_up"], fields["model"]) == (len(body), "m")
     assert "secret" not in str([record.__dict__ for record in caplog.records])
+
+
+async def test_the_log_says_why_a_request_failed(
+    start: Start, upstream: Upstream, unused_tcp_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.port = unused_tcp_port
+    sluice = await start(up="api_key: sk-secret")
+    await sluice.ask(post(b"{}", "X-Request-Id: r-1"))
+    [line] = [record for record in caplog.records if record.getMessage() == "error"]
+    fields = line.__dict__["fields"]
+    assert (line.levelname, fields["request_id"], fields["upstream"]) == ("WARNING", "r-1", "up")
+    assert fields["code"] == "upstream_unreachable"
+    assert f"127.0.0.1:{unused_tcp_port}" in fields["detail"]
+    assert "sk-secret" not in str(fields)
+
+
+async def test_the_log_says_why_a_stream_was_cut(
+    sluice: Sluice, caplog: pytest.LogCaptureFixture
+) -> None:
+    sluice.upstream.plays(STREAM, chunked(EVENT), Close())
+    await sluice.ask(post())
+    [line] = [record for record in caplog.records if record.getMessage() == "error"]
+    assert line.__dict__["fields"]["code"] == "upstream_aborted"

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import yaml
 
 from proxy import config
 from proxy.errors import KINDS
+from proxy.observe import Observer
 from tests.breaks import BREAKS
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 [CONFIG] = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 
 
 def test_its_config_loads_and_is_complete(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
-    shown, effective = yaml.safe_load(CONFIG), config.render(config.load(file, {}))
+    shown, effective = (
+        yaml.safe_load(CONFIG),
+        config.render(config.load(file, {"OPENAI_API_KEY": "sk-none"})),
+    )
     assert shown.keys() == yaml.safe_load(effective).keys()
     upstream = yaml.safe_load(effective)["upstreams"]["openai"]
     assert upstream.keys() - shown["upstreams"]["openai"].keys() == {"api_key_file"}
@@ -27,16 +33,24 @@ def test_its_config_loads_and_is_complete(tmp_path: Path) -> None:
 def test_the_defaults_it_shows_are_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
-    shown = config.load(file, {})
+    shown = config.load(file, {"OPENAI_API_KEY": "sk-none"})
     file.write_text("upstreams: {openai: {base_url: https://api.openai.com/v1, api_key: sk-none}}")
-    assert shown.model_copy(update={"routes": ()}) == config.load(file, {}).model_copy(
-        update={"routes": ()}
-    )
+    assert shown.model_copy(update={"routes": ()}) == config.load(
+        file, {"OPENAI_API_KEY": "sk-none"}
+    ).model_copy(update={"routes": ()})
 
 
 def test_every_error_code_is_in_its_table() -> None:
     for code in KINDS.keys() - {"internal_error"}:
         assert f"`{code}`" in README, code
+
+
+async def test_every_metric_is_in_its_table() -> None:
+    observer = Observer(config.load(ROOT / "config.yaml", {}), time.monotonic)
+    names = re.findall(r"^# TYPE (sluice_\S+)", observer.render().decode(), re.MULTILINE)
+    assert len(names) > 10
+    for name in names:
+        assert f"`{name}`" in README, name
 
 
 def test_it_counts_the_breaks() -> None:

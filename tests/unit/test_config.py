@@ -254,7 +254,7 @@ def test_keys_are_not_expanded(problems):
 
 # What is wrong: `(text, beginning of each line)` -----------------------------------------------
 
-ALLOWED_UPSTREAM = "api_key, api_key_file, auth, base_url, ca_file, circuit, egress, headers, max"
+ALLOWED_UPSTREAM = "api_key, api_key_file, auth, base_url, ca_file, headers, timeouts"
 YAML_TROUBLE = [
     ("", ["1: is empty"]),
     ("# nothing\n", ["1: is empty"]),
@@ -751,10 +751,16 @@ def test_the_last_good_key_stays_and_each_change_is_logged_once(tmp_path, caplog
     path.write_text("")
     source.value()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: cannot be read: No such file or directory: the last good key stays in use",
-        f"{path}: can be read again",
-        f"{path}: the key in it must not be blank: the last good key stays in use",
+        "key_file_unusable",
+        "key_file_usable_again",
+        "key_file_unusable",
     ]
+    assert [record.fields["problem"] for record in caplog.records] == [
+        "cannot be read: No such file or directory",
+        None,
+        "the key in it must not be blank",
+    ]
+    assert {record.fields["path"] for record in caplog.records} == {str(path)}
 
 
 # Rendering ----------------------------------------------------------------------------------------

@@ -765,7 +765,7 @@ def tls_error(reason: str) -> ssl.SSLError:
         (OSError(errno.EHOSTUNREACH, "secret"), "no route to the host"),
         (OSError(errno.ENOTCONN, "secret"), "ENOTCONN"),
         (socket.gaierror(socket.EAI_NONAME, "secret"), "its name could not be resolved"),
-        (tls_error("WRONG_VERSION_NUMBER"), "TLS failed (wrong version number)"),
+        (tls_error("WRONG_VERSION_NUMBER"), "TLS failed: is https right for it?"),
     ],
 )
 async def test_what_is_said_of_failures(
