@@ -12,6 +12,7 @@ import sys
 # handler for a signal ignores it, so that `docker stop` would wait and then kill.
 for _number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(_number, lambda *_: sys.exit(0))
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the config is about to be read anyway
 
 import argparse
 import asyncio
@@ -33,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(config.schema(), indent=2))
         return 0
 
-    def load() -> config.Config:
-        return config.load(arguments.config, os.environ, host=arguments.host, port=arguments.port)
+    def load(host: str | None) -> config.Config:
+        return config.load(
+            arguments.config, os.environ, host=host or arguments.host, port=arguments.port
+        )
 
     try:
-        loaded = load()
+        loaded = load(None)
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return 2

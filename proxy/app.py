@@ -20,7 +20,7 @@ from proxy.config import Config
 from proxy.cors import Cors, is_preflight
 from proxy.demo import Demo
 from proxy.downstream import Server, Timeouts
-from proxy.errors import Dialect, ProxyError
+from proxy.errors import IN_BAND_ONLY, Dialect, ProxyError
 from proxy.exchange import Exchange, Outcome
 from proxy.forward import Forwarder
 from proxy.headers import client_address, request_id
@@ -109,9 +109,8 @@ class App:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers a request on the main port: on the proxy's own paths, or by relaying it."""
         path = path_of(request.raw_path)
-        own = self._own(request, path, admin=not self._admin_apart)
-        if own is not None:
-            return own
+        if self._ops.serves(path, admin=not self._admin_apart):
+            return self._own(request, path)
         offered = request_id(request.headers.get("X-Request-Id"))
         with self.observer.exchange(request.method, path, offered) as exchange:
             self._trace(request, exchange)
@@ -136,28 +135,37 @@ class App:
         setup = self._setup
         if self.refusing:
             raise _shutting_down()
-        if is_preflight(request.method, request.headers):
-            headers = setup.cors.preflight(request.headers)
-            answer = web.Response(status=204, headers=headers)
-            return self._signed(answer, request, exchange.request_id)
-        setup.cors.judge(request.headers)
+        preflight = self._from_a_page(request)
+        if preflight is not None:
+            return self._signed(preflight, request, exchange.request_id)
         ours = self._ours(request, exchange.request_id)
         return await setup.chat.answer(
             request, exchange, [(key.encode(), value.encode()) for key, value in ours.items()]
         )
 
+    def _from_a_page(self, request: web.BaseRequest) -> web.Response | None:
+        """The answer to a preflight, else None. Raises ProxyError (origin_not_allowed)."""
+        cors = self._setup.cors
+        if is_preflight(request.method, request.headers):
+            return web.Response(status=204, headers=cors.preflight(request.headers))
+        cors.judge(request.headers)
+        return None
+
     async def _handle_admin(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers a request on the admin port."""
-        own = self._own(request, path_of(request.raw_path), admin=True)
-        return self._error(request, new_id(), unknown_url()) if own is None else own
+        path = path_of(request.raw_path)
+        if self._ops.serves(path, admin=True):
+            return self._own(request, path)
+        return self._error(request, new_id(), unknown_url())
 
-    def _own(self, request: web.BaseRequest, path: str, *, admin: bool) -> web.Response | None:
-        """The answer on one of the proxy's own paths; None if `path` is none of them."""
+    def _own(self, request: web.BaseRequest, path: str) -> web.Response:
+        """The answer on one of the proxy's own paths."""
         try:
-            answer = self._ops.answer(request, path, admin=admin)
+            preflight = self._from_a_page(request)
+            answer = self._ops.answer(request, path) if preflight is None else preflight
         except ProxyError as error:
             return self._error(request, new_id(), error)
-        return None if answer is None else self._signed(answer, request, new_id())
+        return self._signed(answer, request, new_id())
 
     def _refuse(self, error: ProxyError) -> web.Response:
         """The answer to what never became a request; it counts like one."""
@@ -174,8 +182,14 @@ class App:
     def _failed(
         self, request: web.BaseRequest, exchange: Exchange, error: ProxyError
     ) -> web.Response:
+        """An error as the answer, if there is none yet; else, and for what is said in-band only, the
+        connection ends."""
         exchange.error = error
-        return self._error(request, exchange.request_id, error)
+        if exchange.status is None and error.code not in IN_BAND_ONLY:
+            return self._error(request, exchange.request_id, error)
+        if request.transport is not None:
+            request.transport.abort()
+        raise asyncio.CancelledError
 
     def _error(self, request: web.BaseRequest, request_id: str, error: ProxyError) -> web.Response:
         """The one rendering of an error as an HTTP answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from proxy.framing import Header
 from proxy.inbound import Bounds, read_ask
 from proxy.relay import outcome_of, relay
 from proxy.routing import Router
+
+MAX_MODEL = 128  # characters of a model's name that logs and /admin show
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class Chat:
         the way that its client can see.
         """
         ask = await read_ask(request, self.bounds)
-        exchange.read, exchange.model = self.clock(), ask.model
+        exchange.read = self.clock()
+        exchange.model = ask.model and ask.model[:MAX_MODEL]
         route = self.router.resolve(ask.model)
         exchange.route = route.name
         try:
@@ -47,8 +51,9 @@ class Chat:
         except ProxyError as error:
             exchange.outcome = outcome_of(error, Outcome.UPSTREAM_ERROR)
             raise
-        finally:  # the client has left, or an upstream was asked in vain
+        except asyncio.CancelledError:
             exchange.outcome = exchange.outcome or Outcome.CLIENT_GONE
+            raise
 
 
 def commit(

@@ -30,6 +30,7 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 
 from proxy.errors import ProxyError
 from proxy.framing import Body, FramingError, HeadReader, ResponseHead, body_of
+from proxy.resolver import Resolver
 
 _BACKLOG = 64 * 1024  # bytes of a body held while nobody receives it yet
 _HAPPY_EYEBALLS_DELAY = 0.25  # seconds until the next address is tried too (RFC 8305 5)
@@ -43,6 +44,7 @@ class Origin:
     port: int
     tls: ssl.SSLContext | None
     label: str
+    resolver: Resolver
 
 
 class Receiver(Protocol):
@@ -92,7 +94,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._paused = False  # or as the receiver does not keep up
         self._silence = Clock(self._loop, self._fell_silent)
         self._total = Clock(self._loop, self._took_too_long)
-        self._idle_timeout = 0.0
+        self._first_byte_timeout = self._idle_timeout = 0.0
 
     def __repr__(self) -> str:
         return f"<UpstreamConnection {self.label} {self.state.value}>"
@@ -111,21 +113,28 @@ class UpstreamConnection(asyncio.Protocol):
         self._request_sent = False
         self._backlog, self._backlog_size, self._ending = [], 0, []
         self.answered = False
+        self._first_byte_timeout = first_byte
         self._idle_timeout = idle
-        self._silence.start(first_byte)
         if total is not None:
             self._total.start(total)
 
     def write(self, data: bytes) -> None:
-        """Sends a part of the request; until there is an answer, its clock begins anew."""
+        """Sends a part of the request; the wait for the answer begins anew."""
         if self.transport is not None and self.state is not State.CLOSED:
             self.transport.write(data)
             if self.state is State.HEAD:
-                self._silence.touch()
+                self._silence.start(self._first_byte_timeout)
+
+    def client_pauses(self) -> None:
+        """Says that the request's next part has not come: nothing for the upstream to be late for."""
+        if self.state is State.HEAD:
+            self._silence.stop()
 
     def request_sent(self) -> None:
         """Says that the request is whole: without it the connection is not used again."""
         self._request_sent = True
+        if self.state is State.HEAD:
+            self._silence.start(self._first_byte_timeout)
 
     async def drain(self) -> None:
         """Waits while the upstream does not take what was written; returns when it is lost too."""
@@ -406,7 +415,7 @@ async def connect(origin: Origin, timeout: float) -> UpstreamConnection:
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout):
-            addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+            addresses = await origin.resolver.addresses()
             sock = await start_connection(
                 cast(list[AddrInfoType], addresses), happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY
             )

@@ -40,7 +40,7 @@ class Demo:
         return connection
 
     async def close(self) -> None:
-        await self._server.shutdown(timeout=0)
+        await self._server.shutdown(timeout=0.1)  # 0 would be no limit
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         match request.method, request.path.rstrip("/"):

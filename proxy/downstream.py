@@ -13,8 +13,11 @@ aiohttp reads requests and keeps connections alive. Three things are ours:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -65,12 +68,14 @@ class ClientConnection(web.RequestHandler):
     """A client's connection: aiohttp's, plus flow control and clocks."""
 
     __slots__ = (
+        "_arriving",
         "_dripping",
         "_flow",
         "_head_began",
+        "_out",
+        "_owed",
+        "_owed_since",
         "_refuse",
-        "_stall",
-        "_stalled_size",
         "_timeouts",
     )
 
@@ -81,10 +86,12 @@ class ClientConnection(web.RequestHandler):
         self._timeouts = timeouts
         self._refuse = refuse
         self._flow: Flow | None = None
+        self._out: asyncio.Transport | None = None  # aiohttp forgets its own when it closes
+        self._owed = 0  # bytes that the client had not taken when last looked at, in our buffer
+        self._owed_since = 0.0  # and the kernel's, and when they last grew fewer
+        self._arriving: StreamReader | None = None  # the body of the last request
         self._head_began: float | None = None  # since when a head is awaited, if one is
         self._dripping = False  # some of that head has come
-        self._stall: asyncio.TimerHandle | None = None
-        self._stalled_size = 0
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -102,53 +109,71 @@ class ClientConnection(web.RequestHandler):
         super().pause_writing()
         if self._flow is not None:
             self._flow.pause()
-        self._watch_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
         if self._flow is not None:
             self._flow.resume()
 
-    def _watch_reader(self) -> None:
-        """Looks again after the write timeout; nothing is added meanwhile, so less means it read."""
-        if self.transport is not None:
-            self._stalled_size = self.transport.get_write_buffer_size()
-            self._stall = self._loop.call_later(self._timeouts.write, self._judge_reader)
+    @property
+    def owes(self) -> bool:
+        """Whether bytes that were written wait in our buffer, also after the last answer's end."""
+        return self._out is not None and self._out.get_write_buffer_size() > 0
 
-    def _judge_reader(self) -> None:
-        self._stall = None
-        if self.transport is None:
+    def check_reader(self, now: float) -> None:
+        """Ends the connection of a client that has taken nothing for too long.
+
+        What it takes shows first in the kernel's buffer: Linux lets us write again only when a third
+        of it, up to megabytes, is free.
+        """
+        if self._out is None or not self.owes:
+            self._owed = 0
             return
-        if self.transport.get_write_buffer_size() < self._stalled_size:
-            self._watch_reader()
-        else:
-            self.transport.abort()
+        owed = self._out.get_write_buffer_size() + _unsent(self._out)
+        if not self._owed or owed < self._owed:
+            self._owed_since = now
+        elif now - self._owed_since > self._timeouts.write:
+            self._out.abort()
+        self._owed = owed
 
     # How requests come.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._out = self.transport
         self._head_began = self._loop.time()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
+        self._out = None
         if self._flow is not None:
             self._flow.client_lost()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._current_request is None:
+        if self._current_request is None and self._body_is_over:
             self._dripping = True
             if self._head_began is None:
                 self._head_began = self._loop.time()
         super().data_received(data)
+        self._fail_body()
 
-    def request_began(self) -> None:
+    @property
+    def _body_is_over(self) -> bool:
+        """False while the rest of a refused body comes, which aiohttp reads and drops."""
+        return self._arriving is None or self._arriving.is_eof()
+
+    def _fail_body(self) -> None:
+        """aiohttp queues what is wrong with a body as if it were a next request, and lets whoever
+        reads the body wait for ever."""
+        if self._body_is_over or not self._messages:
+            return
+        message, _ = self._messages[-1]
+        if not isinstance(message, RawRequestMessage) and self._arriving is not None:
+            self._arriving.set_exception(web.RequestPayloadError("malformed"))
+
+    def request_began(self, body: StreamReader) -> None:
         """The head is whole."""
+        self._arriving = body
         self._head_began = None
         self._dripping = False
 
@@ -174,6 +199,15 @@ class ClientConnection(web.RequestHandler):
     ) -> web.StreamResponse:
         """The answer to what aiohttp could not parse; its own would be logged with what came."""
         return self._refuse(_parse_error(exc))
+
+
+def _unsent(transport: asyncio.Transport) -> int:
+    """Bytes in the kernel's send buffer that the client has not acknowledged; 0 if it can't say."""
+    try:
+        descriptor = transport.get_extra_info("socket").fileno()
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def _parse_error(exc: BaseException | None) -> ProxyError:
@@ -231,10 +265,20 @@ class Server(web.Server):
         )
 
     def sweep(self) -> None:
-        """One look at every connection, for once a second: no timer for each head."""
+        """One look at every connection, for once a second: no timer for each head or answer."""
         now = self._loop.time()
-        for connection in self.connections:
-            cast(ClientConnection, connection).check_head(now)
+        for connection in self._clients:
+            connection.check_head(now)
+            connection.check_reader(now)
+
+    @property
+    def owes(self) -> bool:
+        """Whether a client has yet to take bytes that were written for it."""
+        return any(connection.owes for connection in self._clients)
+
+    @property
+    def _clients(self) -> list[ClientConnection]:
+        return [cast(ClientConnection, connection) for connection in self.connections]
 
 
 def _begin_request(
@@ -245,7 +289,10 @@ def _begin_request(
     task: asyncio.Task[None],
 ) -> web.BaseRequest:
     connection = cast(ClientConnection, protocol)
-    connection.request_began()
+    connection.request_began(payload)
+    if message.method == "UNKNOWN":
+        # aiohttp's stand-in for what it could not parse, as HTTP/1.0; the sender rather speaks 1.1.
+        message = message._replace(version=HttpVersion11)
     return web.BaseRequest(message, payload, protocol, writer, task, connection.loop)
 
 

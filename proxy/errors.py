@@ -89,6 +89,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     | _kinds(Source.PROXY, "server_error", internal_error=500)
 )
 
+# Said inside of a stream only (interface, §6).
+IN_BAND_ONLY = frozenset({"killed"})
+
 _NO_RETRY_ABOVE = 60  # seconds: SDKs ignore a longer Retry-After and try again at once
 
 
@@ -152,7 +155,7 @@ class ProxyError(Exception):
             # Whole seconds (RFC 9110 10.2.3), rounded up: a client told too little comes in vain.
             wait = max(1, math.ceil(self.retry_after or 0))
             headers["Retry-After"] = str(wait)
-            if wait > _NO_RETRY_ABOVE or self.code == "killed":
+            if wait > _NO_RETRY_ABOVE:
                 headers["x-should-retry"] = "false"
         return headers
 

@@ -50,10 +50,12 @@ class Call:
 
     async def _upload(self, body: Upload, exchange: Exchange) -> None:
         try:
+            self.connection.client_pauses()
             async for piece in body.pieces:
                 exchange.bytes_up += len(piece)
                 self.connection.write(piece if body.length is not None else chunk(piece))
                 await self.connection.drain()
+                self.connection.client_pauses()
             if body.length is None:
                 self.connection.write(LAST_CHUNK)
             self.connection.request_sent()
@@ -61,10 +63,12 @@ class Call:
             self.connection.fail(error)
 
     async def close(self) -> None:
-        if self._uploading is not None:
-            self._uploading.cancel()
-            await asyncio.wait([self._uploading])
-        self._pool.release(self.connection)
+        try:
+            if self._uploading is not None:
+                self._uploading.cancel()
+                await asyncio.wait([self._uploading])
+        finally:
+            self._pool.release(self.connection)
 
 
 class Answer:

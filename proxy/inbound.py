@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import msgspec
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 
 from proxy.errors import ProxyError
 from proxy.exchange import Ask, Upload
@@ -119,6 +119,15 @@ async def read_ask(request: web.BaseRequest, bounds: Bounds) -> Ask:
 
 def _check_declared(request: web.BaseRequest, bounds: Bounds) -> None:
     """Refuses by the head alone what would be refused later, so that the body need not be sent."""
+    if request.version not in {HttpVersion10, HttpVersion11}:
+        raise ProxyError("invalid_request", "Only HTTP/1.1 and 1.0 are spoken here.", close=True)
+    codings = [each.lower() for each in request.headers.getall("Transfer-Encoding", [])]
+    if codings and (codings != ["chunked"] or request.version < HttpVersion11):
+        raise ProxyError(
+            "invalid_request",
+            "The only Transfer-Encoding that is understood is one `chunked`, in HTTP/1.1.",
+            close=True,
+        )
     expectation = request.headers.get("Expect")
     if expectation is not None and expectation.lower() != "100-continue":
         raise ProxyError(

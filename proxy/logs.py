@@ -28,6 +28,7 @@ def configure(
     handler.setFormatter(_Text() if text else _Json())
     # Nobody reads them, and finding them out costs more than writing the line
     # (https://docs.python.org/3/howto/logging.html#optimization).
+    logging.raiseExceptions = False  # a reader of the log that has left is no reason for tracebacks
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

@@ -39,27 +39,27 @@ class Ops:
         self._upstreams = upstreams
         self._clock = clock
 
-    def answer(self, request: web.BaseRequest, path: str, *, admin: bool) -> web.Response | None:
-        """The answer on one of the proxy's own paths, else None; /metrics and /admin are among
-        them with `admin` only, as they may have a port of their own. Raises ProxyError."""
-        if path == "/livez":
-            _only(request, "GET", "HEAD")
-            return _json({"status": "ok", "reasons": []})
-        if path == "/readyz":
-            _only(request, "GET", "HEAD")
-            return self._ready()
-        if admin and path == "/metrics":
-            _only(request, "GET", "HEAD")
-            return web.Response(
-                body=self._observer.render(), headers={"Content-Type": CONTENT_TYPE}
-            )
-        if admin and self._admin_key is not None and path.startswith(_STREAMS):
-            return self._admin(request, path.removeprefix(_STREAMS))
-        return None
+    def serves(self, path: str, *, admin: bool) -> bool:
+        """Whether a path is one of the proxy's own; /metrics and /admin are with `admin` only, as
+        they may have a port of their own."""
+        if path in {"/livez", "/readyz"}:
+            return True
+        is_streams = path == _STREAMS or path.startswith(_STREAMS + "/")
+        return admin and (path == "/metrics" or (is_streams and self._admin_key is not None))
 
-    def _admin(self, request: web.BaseRequest, rest: str) -> web.Response | None:
-        if rest and not rest.startswith("/"):
-            return None
+    def answer(self, request: web.BaseRequest, path: str) -> web.Response:
+        """The answer on a path that it serves. Raises ProxyError."""
+        if path.startswith(_STREAMS):
+            return self._streams(request, path.removeprefix(_STREAMS))
+        _only(request, "GET", "HEAD")
+        match path:
+            case "/livez":
+                return _json({"status": "ok", "reasons": []})
+            case "/readyz":
+                return self._ready()
+        return web.Response(body=self._observer.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    def _streams(self, request: web.BaseRequest, rest: str) -> web.Response:
         self._authorize(request)
         if not rest:
             _only(request, "GET", "HEAD")

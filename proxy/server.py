@@ -28,11 +28,11 @@ from proxy.errors import ProxyError
 log = logging.getLogger("sluice.server")
 
 _BACKLOG = 4096
-_LAST_WORDS = 0.5  # seconds that interrupted answers get to say so
+_LAST_WORDS = 0.2  # seconds that interrupted answers get to say so
 _SWEEP = 1.0  # seconds between two looks at slow heads
 _POLL = 0.05  # seconds between two looks at whether a drain is over
 
-Load = Callable[[], Config]
+Load = Callable[[str | None], Config]
 
 
 class BindError(Exception):
@@ -40,7 +40,8 @@ class BindError(Exception):
 
 
 class Process:
-    """One running proxy. `load` reads the config anew, for a reload."""
+    """One running proxy. `load` reads the config anew, for a reload; it takes the host to judge it
+    for, if not the file's or the command line's."""
 
     def __init__(self, config: Config, load: Load) -> None:
         self._config = config
@@ -111,34 +112,47 @@ class Process:
         self._app.refusing = True
         main.close()
         deadline = asyncio.get_running_loop().time() + self._config.drain_timeout
-        while self._app.observer.in_flight and not self._hurry.is_set():
+        while self._busy and not self._hurry.is_set():
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 break
             await self._unless_hurried(min(_POLL, left))
         for exchange in list(self._app.observer.in_flight.values()):
             exchange.interrupt(
-                ProxyError("shutting_down", "The proxy was shut down before this answer's end.")
+                ProxyError(
+                    "shutting_down", "The proxy was shut down before this answer's end.", close=True
+                )
             )
+
+    @property
+    def _busy(self) -> bool:
+        """Whether an answer is not whole, or its reader has not taken all of it."""
+        return bool(self._app.observer.in_flight) or self._main.owes
 
     async def _unless_hurried(self, seconds: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), seconds)
 
     def _reload(self) -> None:
-        """A valid file holds from now on; an invalid one changes nothing."""
+        """A valid file holds from now on; an invalid one changes nothing.
+
+        It is judged twice, as it stands and for the address that is bound: a file that moves
+        `listen` to loopback must not open the keys in it to where the socket still is.
+        """
         try:
-            config = self._load()
-        except ConfigError as error:
+            config = self._load(None)
+            self._load(self._config.listen.host)
+            self._app.reload(config)
+        except (ConfigError, OSError, ValueError) as error:
             self._app.observer.reloaded("rejected")
-            for problem in error.problems:
-                log.error("reload_rejected", extra={"fields": {"problem": str(problem)}})
+            for problem in str(error).splitlines():
+                log.error("reload_rejected", extra={"fields": {"problem": problem}})
             return
         for key in ("listen", "admin"):
             if getattr(config, key) != getattr(self._config, key):
                 log.warning("restart_needed", extra={"fields": {"key": key}})
-        self._config = config
-        self._app.reload(config)
+        bound = {"listen": self._config.listen, "admin": self._config.admin}
+        self._config = config.model_copy(update=bound)
         logs.configure(config.log.format, config.log.level)
         self._app.observer.reloaded("applied")
         log.info("reloaded")

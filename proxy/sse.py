@@ -115,9 +115,10 @@ class FirstToken:
     def seen_in(self, payload: bytes) -> bool:
         """Whether the token has come by the end of `payload`; True also when it gives up looking,
         because an event is too long: such an event is payload in all likelihood."""
+        searched = max(0, len(self._rest) - 3)  # a blank line may have begun there
         self._rest += payload
         end = 0
-        for match in _EVENT_END.finditer(self._rest):
+        for match in _EVENT_END.finditer(self._rest, searched):
             event, end = self._rest[end : match.end()], match.end()
             if has_token(event_data(event)):
                 return True

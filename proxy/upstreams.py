@@ -10,6 +10,7 @@ from proxy.connection import Origin, connect
 from proxy.framing import Header
 from proxy.headers import UpstreamRules
 from proxy.pool import Connect, Pool
+from proxy.resolver import Resolver
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -68,5 +69,6 @@ def _connector(name: str, settings: config.Upstream) -> Connect:
     url = urlsplit(settings.base_url)
     assert url.hostname is not None  # config has seen to it
     port = url.port or _DEFAULT_PORTS[url.scheme]
-    origin = Origin(url.hostname, port, settings.tls(), name)
+    resolver = Resolver(url.hostname, port)
+    origin = Origin(url.hostname, port, settings.tls(), name, resolver)
     return lambda: connect(origin, settings.timeouts.connect)

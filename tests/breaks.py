@@ -91,7 +91,7 @@ BREAKS = [
     Break(
         "a reader that takes nothing is kept",
         "downstream.py",
-        "            self.transport.abort()",
+        "            self._out.abort()",
         "            pass",
         "test_endings",
     ),

@@ -271,6 +271,71 @@ async def test_a_head_that_drips_is_given_up(start: Start) -> None:
     assert await silent.rest() == b""
 
 
+async def test_a_client_that_pauses_its_upload_is_no_silence_of_the_upstream(start: Start) -> None:
+    sluice = await start(up="timeouts: {first_byte: 150ms}")
+    sluice.upstream.plays(OK)
+    client = await sluice.connect()
+    head = post(b"", "Transfer-Encoding: chunked", content_type="audio/wav")
+    await client.send(head + chunked(b"first"))
+    await asyncio.sleep(0.3)
+    await client.send(chunked(b" second") + LAST)
+    assert (await client.reply()).status == 200
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "audio/wav"])
+async def test_a_body_that_goes_wrong_later_is_refused_at_once(
+    sluice: Sluice, content_type: str
+) -> None:
+    sluice.upstream.plays(UntilGone())
+    client = await sluice.connect()
+    head = post(b"", "Transfer-Encoding: chunked", content_type=content_type)
+    await client.send(head + chunked(b"first"))
+    await asyncio.sleep(0.05)
+    await client.send(b"ZZ\r\n")
+    async with asyncio.timeout(2):
+        reply = await client.reply()
+    assert (reply.status, b"invalid_request" in reply.body) == (400, True)
+    assert not any(request.complete for request in sluice.upstream.requests)
+
+
+async def test_the_rest_of_a_refused_body_is_no_late_head(start: Start) -> None:
+    sluice = await start("client_timeouts: {head: 50ms}")
+    client = await sluice.connect()
+    request = post(b"", path="/nowhere").replace(b"Content-Length: 0", b"Content-Length: 9")
+    await client.send(request)
+    assert (await client.reply()).status == 404
+    await client.send(b"part")
+    await asyncio.sleep(0.1)
+    sluice.server.sweep()
+    await client.send(b" rest" + get("/livez"))
+    assert (await client.reply("GET")).status == 200
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        post(b"", "Transfer-Encoding: gzip, chunked") + LAST,
+        post(b"", "Transfer-Encoding: chunked").replace(b"HTTP/1.1", b"HTTP/1.0") + LAST,
+        get("/v1/models").replace(b"HTTP/1.1", b"HTTP/2.0"),
+    ],
+)
+async def test_what_can_be_framed_in_two_ways_is_refused(
+    sluice: Sluice, request_bytes: bytes
+) -> None:
+    reply = await sluice.ask(request_bytes)
+    assert (reply.status, b"invalid_request" in reply.body) == (400, True)
+    assert not sluice.upstream.requests
+
+
+async def test_a_long_model_is_routed_whole_and_shown_in_part(start: Start) -> None:
+    sluice = await start("routes: [{models: ['*z'], upstreams: [up]}]")
+    sluice.upstream.plays(OK)
+    reply = await sluice.ask(post(b'{"model":"%bz"}' % (b"x" * 10_000)))
+    assert reply.status == 200
+    model = (await sluice.record()).model
+    assert model is not None and len(model) == 128
+
+
 async def test_pipelined_requests_are_answered_in_turn(sluice: Sluice) -> None:
     gate = asyncio.Event()
     sluice.upstream.plays_first(Until(gate), json_answer(b"1"))

@@ -183,3 +183,27 @@ async def test_the_admin_port_answers_to_the_end(run: Run, unused_tcp_port: int)
     client.close()
     admin.close()
     assert await running.exit_code() == 0
+
+
+async def test_a_drain_waits_for_who_has_yet_to_read(run: Run) -> None:
+    running = await run(DEMO)
+    slow = await Client.connect(running.port, limit=1024)
+    await slow.send(get("/metrics") * 400)  # more than the kernel's buffers hold
+    await asyncio.sleep(1)
+    running.tell(signal.SIGTERM)
+    await running.logged("draining")
+    await asyncio.sleep(0.5)
+    seen = await slow.rest()
+    assert seen.count(b"HTTP/1.1 200 OK") > 30
+    assert seen.endswith(b"\n")  # the last answer that began is whole
+    slow.close()
+    assert await running.exit_code() == 0
+
+
+async def test_a_reload_does_not_open_keys_to_a_bound_address(run: Run) -> None:
+    running = await run(DEMO.replace("port: 0", "host: 0.0.0.0, port: 0"))
+    keyed = "upstreams: {up: {base_url: 'http://127.0.0.1:9/v1', api_key: sk-x}}\n"
+    running.config.write_text(keyed)
+    running.tell(signal.SIGHUP)
+    problem = (await running.logged("reload_rejected"))["problem"]
+    assert "is not loopback" in problem

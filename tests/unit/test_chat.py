@@ -127,12 +127,16 @@ async def test_why_there_is_none(error: ProxyError, outcome: Outcome) -> None:
     assert story.exchange.outcome is outcome
 
 
-@pytest.mark.parametrize("result", [asyncio.CancelledError(), ValueError()])
-async def test_what_ends_before_the_head_otherwise(result: BaseException) -> None:
+@pytest.mark.parametrize(
+    ("result", "outcome"), [(asyncio.CancelledError(), Outcome.CLIENT_GONE), (ValueError(), None)]
+)
+async def test_what_ends_before_the_head_otherwise(
+    result: BaseException, outcome: Outcome | None
+) -> None:
     story = Story(result)
     with pytest.raises(type(result)):
         await story.play()
-    assert story.exchange.outcome is Outcome.CLIENT_GONE
+    assert story.exchange.outcome is outcome
 
 
 async def test_no_upstream_is_asked_for_what_no_route_takes() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from proxy.connection import Clock, Origin, State, UpstreamConnection, connect
 from proxy.errors import ProxyError
+from proxy.resolver import Resolver
 
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -743,12 +744,16 @@ def test_a_closed_clock_leaves_nothing_behind(loop: Loop, clock: Clock, rung: li
 # Connecting -----------------------------------------------------------------------------------
 
 
+def origin(host: str, port: int) -> Origin:
+    return Origin(host, port, None, "up", Resolver(host, port))
+
+
 async def test_connecting_to_nobody() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
         with pytest.raises(ProxyError) as caught:
-            await connect(Origin("127.0.0.1", port, None, "up"), 5)
+            await connect(origin("127.0.0.1", port), 5)
     assert caught.value.code == "upstream_unreachable"
     assert caught.value.message == "Upstream 'up' could not be reached: connection refused."
 
@@ -774,9 +779,9 @@ async def test_what_is_said_of_failures(
     async def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fails)
+    monkeypatch.setattr(Resolver, "addresses", fails)
     with pytest.raises(ProxyError) as caught:
-        await connect(Origin("internal.example", 80, None, "up"), 5)
+        await connect(origin("internal.example", 80), 5)
     assert caught.value.code == "upstream_unreachable"
     assert words in caught.value.message
     assert "internal.example" not in caught.value.message
@@ -787,9 +792,9 @@ async def test_connecting_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> Non
     async def never(*_: object, **__: object) -> None:
         await asyncio.get_running_loop().create_future()
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
+    monkeypatch.setattr(Resolver, "addresses", never)
     with pytest.raises(ProxyError) as caught:
-        await connect(Origin("up.example", 80, None, "up"), 0.01)
+        await connect(origin("up.example", 80), 0.01)
     assert (caught.value.code, caught.value.clock) == ("upstream_timeout", "connect")
 
 
@@ -802,8 +807,7 @@ async def test_connecting_to_a_name() -> None:
         hung_up.set()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    origin = Origin("localhost", server.sockets[0].getsockname()[1], None, "up")
-    connection = await connect(origin, 5)
+    connection = await connect(origin("localhost", server.sockets[0].getsockname()[1]), 5)
     assert connection.reusable
     connection.abort()
     await asyncio.wait_for(hung_up.wait(), 5)

@@ -44,7 +44,9 @@ class Story:
         self, path: str, method: str = "GET", headers: dict[str, str] = KEY, *, admin: bool = True
     ) -> web.Response | None:
         request = make_mocked_request(method, path, headers=headers)
-        return self.ops.answer(request, path, admin=admin)
+        if not self.ops.serves(path, admin=admin):
+            return None
+        return self.ops.answer(request, path)
 
     def read(self, path: str, method: str = "GET") -> tuple[int, Any]:
         answer = self.ask(path, method)

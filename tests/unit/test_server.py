@@ -60,8 +60,8 @@ class Story:
     def writes(self, settings: str) -> None:
         self.path.write_text("upstreams: {demo: {base_url: 'demo://'}}\n" + settings)
 
-    def load(self) -> config.Config:
-        return config.load(self.path, {})
+    def load(self, host: str | None = None) -> config.Config:
+        return config.load(self.path, {}, host=host)
 
     async def until(self, holds: Callable[[], Any]) -> None:
         async with asyncio.timeout(10):
