@@ -812,3 +812,26 @@ async def test_connecting_to_a_name() -> None:
     connection.abort()
     await asyncio.wait_for(hung_up.wait(), 5)
     server.close()
+
+
+async def test_the_next_address_is_tried_when_one_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    alive = server.sockets[0].getsockname()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.2", 0))
+        dead = nobody.getsockname()
+
+        async def both(_: Resolver) -> list[tuple[Any, ...]]:
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in (dead, alive)]
+
+        monkeypatch.setattr(Resolver, "addresses", both)
+        connection = await connect(origin("up.example", 80), 5)
+    assert connection.transport is not None
+    assert connection.transport.get_extra_info("peername") == alive
+    connection.abort()
+    await asyncio.sleep(0.01)
+    server.close()
