@@ -158,8 +158,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._regulate(held=False, paused=self._paused)
 
     def pause(self) -> None:
-        """Stops reading, as the client does not keep up."""
-        self._regulate(held=self._held, paused=True)
+        """Stops reading, as the client does not keep up; a body that is over is not held up, as its
+        connection may be another's by the time the client has caught up."""
+        if self.state is State.BODY:
+            self._regulate(held=self._held, paused=True)
 
     def resume(self) -> None:
         """Reads on; the time spent paused does not count as silence."""

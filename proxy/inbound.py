@@ -24,6 +24,7 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _REFUSED_METHODS = ("CONNECT", "TRACE")
 # UTF-8 sequences that are longer than need be: another spelling of ASCII, dots and slashes included
 _OVERLONG = re.compile(rb"[\xc0\xc1]|\xe0[\x80-\x9f]|\xf0[\x80-\x8f]")
+_MAX_ENCODINGS = 4  # rounds of percent-decoding; nobody means more, and each costs its length
 _SUSPICIOUS = re.compile(r"[.%\\]|//")
 
 
@@ -63,8 +64,10 @@ def upstream_target(raw_target: str) -> bytes:
 
 def _refuse_traversal(path: str) -> None:
     decoded = path.encode("utf-8", "surrogateescape")
-    while (once := unquote_to_bytes(decoded)) != decoded:  # each round is shorter
-        decoded = once
+    for _ in range(_MAX_ENCODINGS):
+        once, decoded = decoded, unquote_to_bytes(decoded)
+    if decoded != once:
+        raise _invalid_path("is percent-encoded again and again")
     below = decoded.removeprefix(PREFIX.encode())
     if decoded.startswith(b"//") or below.startswith(b"//"):
         raise _invalid_path("must not begin with two slashes")
@@ -160,7 +163,7 @@ async def _pieces(request: web.BaseRequest, bounds: Bounds) -> AsyncIterator[byt
                 raise _too_large(bounds.max_body)
             if piece:
                 yield piece
-    except (web.RequestPayloadError, ConnectionError) as error:
+    except (web.RequestPayloadError, OSError) as error:  # OSError: however the connection broke
         raise ProxyError(
             "invalid_request", "The request's body is malformed or was cut short.", close=True
         ) from error

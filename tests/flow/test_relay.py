@@ -168,6 +168,31 @@ async def test_connections_are_kept_on_both_sides(sluice: Sluice) -> None:
     assert sluice.upstream.connections == 1
 
 
+async def test_large_answers_leave_their_connection_reading(sluice: Sluice) -> None:
+    body = b"x" * 150_000  # more than the high-water mark, less than one read
+    sluice.upstream.plays(json_answer(body))
+    client = await sluice.connect()
+    for _ in range(5):
+        await client.send(post(b"{}"))
+        assert (await client.reply()).body == body
+    assert sluice.upstream.connections == 1
+
+
+async def test_answers_to_pipelined_requests_wait_for_their_reader(sluice: Sluice) -> None:
+    body = b"x" * 60_000  # each alone is below the high-water mark
+    sluice.upstream.plays(json_answer(body))
+    client = await sluice.connect(limit=1024)
+    count = 300
+    client.writer.write(post(b"{}") * count)
+    stood = await _until_still(lambda: len(sluice.ended))
+    assert 0 < stood < count  # what the kernel's buffers hold of these 18 MB
+    (connection,) = sluice.server.connections
+    assert connection.transport is not None
+    assert connection.transport.get_write_buffer_size() < 1_000_000
+    for _ in range(count):
+        assert (await client.reply()).body == body
+
+
 async def test_an_old_client_gets_its_stream_until_close(sluice: Sluice) -> None:
     sluice.upstream.plays(STREAM, chunked(b"data: 1\n\n"), LAST)
     client = await sluice.connect()

@@ -626,6 +626,17 @@ def test_a_receiver_that_had_paused_before_stays_paused(loop: Loop, backlog: int
     assert not transport.reading
 
 
+def test_a_receiver_that_pauses_over_a_whole_body_leaves_a_connection_that_reads(
+    loop: Loop,
+) -> None:
+    connection, transport = asked()
+    connection.data_received(SIZED + b"hello")
+    reader = Reader(lambda _: connection.pause())
+    connection.deliver_to(reader)
+    connection.pause()
+    assert (reader.code, connection.reusable, transport.reading) == ("whole", True, True)
+
+
 def test_a_paused_body_that_ends_leaves_a_connection_that_reads(loop: Loop) -> None:
     connection, transport = asked()
     reader = Reader(lambda _: connection.pause())

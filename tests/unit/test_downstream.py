@@ -6,11 +6,12 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from aiohttp import web
 
-from proxy.downstream import ClientConnection, Handler, Server, Sink, Timeouts
+from proxy.downstream import ClientConnection, Handler, Server, Sink, Timeouts, _taken
 from proxy.errors import Dialect, ProxyError
 from proxy.framing import ResponseHead
 
@@ -371,7 +372,7 @@ async def forever(request: web.BaseRequest) -> web.StreamResponse:
 async def test_a_reader_that_takes_nothing_is_let_go(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.downstream._unsent", lambda _: 5000)
+    monkeypatch.setattr("proxy.downstream._taken", lambda _: 5000)
     talk = await serve(forever)
     await talk.says(GET)
     talk.client.buffered = 1000
@@ -386,13 +387,13 @@ async def test_a_reader_that_takes_nothing_is_let_go(
 async def test_a_reader_that_takes_little_is_not(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unsent = [5000]  # it shows in the kernel's buffer first, long before ours may be written from
-    monkeypatch.setattr("proxy.downstream._unsent", lambda _: unsent[0])
+    taken = [5000]  # what waits for it need not grow fewer: an upstream may be as fast
+    monkeypatch.setattr("proxy.downstream._taken", lambda _: taken[0])
     talk = await serve(forever)
     await talk.says(GET)
     talk.client.buffered = 1000
     for now in range(0, 1000, 100):
-        unsent[0] -= 1
+        taken[0] += 1
         talk.connection.check_reader(now)
         assert talk.client.ended is None
     talk.client.buffered = 0
@@ -516,3 +517,16 @@ async def test_bodies_are_not_inflated(serve: Serve) -> None:
     talk = await serve(handler)
     said = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b!!"
     assert (await talk.says(said)).endswith(b"\r\n\r\n\x1f\x8b!!")
+
+
+def test_what_a_client_has_taken_is_what_its_tcp_acknowledged() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+        server.accept()[0] as ours,
+    ):
+        transport = Mock(get_extra_info=lambda _: ours)
+        before = _taken(transport)
+        ours.sendall(b"x" * 5000)
+        client.recv(5000, socket.MSG_WAITALL)
+        assert _taken(transport) - before == 5000

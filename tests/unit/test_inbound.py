@@ -368,3 +368,9 @@ async def test_nothing_is_promised_for_what_will_be_refused() -> None:
     assert (await refused(request)).code == "request_too_large"
     assert written(request) == []
     assert (await refused(asking(Expect="miracles"))).code == "expectation_failed"
+
+
+def test_a_path_that_is_encoded_again_and_again_costs_little() -> None:
+    with pytest.raises(ProxyError) as caught:
+        upstream_target("/v1/%" + "25" * 8000)
+    assert (caught.value.code, "again and again" in caught.value.message) == ("invalid_path", True)
