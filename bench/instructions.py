@@ -29,14 +29,17 @@ _WARM, _SECONDS = 2.0, 8.0
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.instructions", description=__doc__)
-    parser.add_argument("units", nargs="*", choices=_SCENARIOS, default=list(_SCENARIOS))
+    parser.add_argument("units", nargs="*", metavar="|".join(_SCENARIOS))
     parser.add_argument("--sluice", default=f"{sys.executable} -m proxy", metavar="COMMAND")
     parser.add_argument("--base", metavar="COMMAND", help="another Sluice to compare with")
     parser.add_argument("--bare", action="store_true", help="Sluice without clients and limits")
     parser.add_argument("--keep", metavar="DIR", help="for callgrind_annotate: the raw profiles")
     options = parser.parse_args()
+    units = options.units or list(_SCENARIOS)
+    if unknown := set(units) - _SCENARIOS.keys():
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(_SCENARIOS)}")
     commands = {"base": options.base, "sluice": options.sluice}
-    for unit in options.units:
+    for unit in units:
         try:
             counts = {
                 name: _count(name, shlex.split(command), _SCENARIOS[unit], options)
