@@ -19,7 +19,7 @@ from proxy.chat import Chat
 from proxy.config import Config
 from proxy.cors import Cors, is_preflight
 from proxy.demo import Demo
-from proxy.downstream import Server, Timeouts
+from proxy.downstream import LastAnswer, Server, Timeouts
 from proxy.errors import IN_BAND_ONLY, Dialect, ProxyError
 from proxy.exchange import Exchange, Outcome
 from proxy.forward import Forwarder
@@ -173,9 +173,7 @@ class App:
             exchange.status, exchange.error = error.status, error
             headers = {"Sluice-Request-Id": exchange.request_id, "Server": "sluice"}
             body = error.body(Dialect.CHAT)
-            answer = web.Response(status=error.status, body=body, headers=error.headers() | headers)
-            answer.force_close()
-            return answer
+            return LastAnswer(status=error.status, body=body, headers=error.headers() | headers)
 
     # What answers of ours bear.
 
@@ -194,9 +192,11 @@ class App:
     def _error(self, request: web.BaseRequest, request_id: str, error: ProxyError) -> web.Response:
         """The one rendering of an error as an HTTP answer."""
         body = error.body(Dialect.of(path_of(request.raw_path)))
-        answer = web.Response(status=error.status, body=body, headers=error.headers())
-        if error.close:
-            answer.force_close()
+        # Behind a refusal the body of one who waits for 100 Continue may come, or not: nobody could
+        # tell it from a next request (RFC 9110 10.1.1).
+        undecided = "Expect" in request.headers and not request.content.is_eof()
+        kind = LastAnswer if error.close or undecided else web.Response
+        answer = kind(status=error.status, body=body, headers=error.headers())
         return self._signed(answer, request, request_id)
 
     def _signed(

@@ -1,13 +1,14 @@
 """F2 downstream: the client's side of a connection, as far as aiohttp leaves it to us.
 
-aiohttp reads requests and keeps connections alive. Three things are ours:
+aiohttp runs one handler for each request and keeps connections alive. Four things are ours:
 
+- `ClientConnection` reads requests with `requests`, not with aiohttp's parser (docs/decisions/0009):
+  one at a time, so that pipelined ones wait as bytes, and what can't be read ends the connection.
+- It also passes on what aiohttp keeps to itself: that the client reads too slowly, or has left.
+- The clocks for a slow head and for a reader that takes nothing, which aiohttp does not have.
 - `Sink` writes relayed answers straight to the transport. aiohttp's own responses add Date, Server
   and a content type, drop the upstream's reason phrase, and write every answer that they *return*
   with its last chunk, also one that was cut.
-- `ClientConnection` passes on what aiohttp keeps to itself: that the client reads too slowly, that
-  it has left, and that a request could not be parsed.
-- the clocks for a slow head and for a reader that takes nothing, which aiohttp does not have.
 """
 
 from __future__ import annotations
@@ -18,24 +19,34 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, Protocol, cast
 
-from aiohttp import HttpVersion11, StreamReader, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import ERROR, _ErrInfo
 
 from proxy.errors import ProxyError
-from proxy.framing import LAST_CHUNK, Header, ResponseHead, chunk
+from proxy.framing import (
+    LAST_CHUNK,
+    Chunked,
+    FramingError,
+    Header,
+    NoBody,
+    ResponseHead,
+    Sized,
+    chunk,
+)
 from proxy.headers import STREAM_HEADERS, response_headers
+from proxy.payload import Payload
+from proxy.requests import RequestHead, RequestReader, request_body
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Refuse = Callable[[ProxyError], web.Response]
 
-# Bytes; they differ so that aiohttp's one error for both tells which was meant.
-_MAX_LINE = 16 * 1024
-_MAX_FIELD = 32 * 1024
+_MAX_AHEAD = 64 * 1024  # bytes of pipelined requests that wait to be read
+_LINGER = 5.0  # seconds in which what a refused client still sends is read and dropped
 
 _NO_LINGER = struct.pack("ii", 1, 0)
 
@@ -63,15 +74,23 @@ class Flow(Protocol):
 
 
 class ClientConnection(web.RequestHandler):
-    """A client's connection: aiohttp's, plus flow control and clocks."""
+    """A client's connection: aiohttp's, with our reader, flow control and clocks.
+
+    A request's way: bytes → `_ahead` → `_reader`, then its body → `_payload`; the message waits in
+    aiohttp's queue until the one before it is answered. `_ahead` holds what came behind it.
+    """
 
     __slots__ = (
-        "_arriving",
-        "_dripping",
+        "_ahead",
+        "_body",
         "_flow",
-        "_head_began",
+        "_head_since",
+        "_held",
         "_out",
+        "_payload",
+        "_reader",
         "_refuse",
+        "_refused",
         "_taken",
         "_timeouts",
         "_waits_since",
@@ -81,15 +100,20 @@ class ClientConnection(web.RequestHandler):
         self, server: Server, *, timeouts: Timeouts, refuse: Refuse, **options: Any
     ) -> None:
         super().__init__(server, **options)
+        self._parser = _Consumed(self)  # type: ignore[assignment]  # all that is left of aiohttp's
         self._timeouts = timeouts
         self._refuse = refuse
         self._flow: Flow | None = None
         self._out: asyncio.Transport | None = None  # aiohttp forgets its own when it closes
         self._taken = 0  # how much the client had taken when that last changed
         self._waits_since: float | None = None  # and when that was, while bytes wait for it
-        self._arriving: StreamReader | None = None  # the body of the last request
-        self._head_began: float | None = None  # since when a head is awaited, if one is
-        self._dripping = False  # some of that head has come
+        self._reader = RequestReader()
+        self._body: Sized | Chunked | None = None  # of the request that is arriving
+        self._payload = Payload(self._regulate)  # and where it goes
+        self._ahead = b""  # what has come behind a request that nobody has begun to answer
+        self._refused = False  # nothing is read any more
+        self._held = False  # the client is not read from, as too much waits
+        self._head_since: float | None = None  # since when a head is awaited, if one is
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -134,7 +158,7 @@ class ClientConnection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._out = self.transport
-        self._head_began = self._loop.time()
+        self._head_since = self._loop.time()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._out = None
@@ -143,45 +167,91 @@ class ClientConnection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._current_request is None and self._body_is_over:
-            self._dripping = True
-            if self._head_began is None:
-                self._head_began = self._loop.time()
-        super().data_received(data)
-        self._fail_body()
+        if self._refused or self._close or self._force_close:
+            return  # read and dropped: a close with unread bytes is a reset (RFC 9112 9.6)
+        if self._body is not None:
+            data = self._read_body(self._body, data)
+        if data:
+            self._ahead = self._ahead + data if self._ahead else data
+            self.read_on()
+        self._regulate()
 
-    @property
-    def _body_is_over(self) -> bool:
-        """False while the rest of a refused body comes, which aiohttp reads and drops."""
-        return self._arriving is None or self._arriving.is_eof()
+    def read_on(self) -> None:
+        """Reads what has come, at most one request ahead of the one that is being answered."""
+        while self._ahead and self._body is None and not self._messages:
+            ahead, self._ahead = self._ahead, b""
+            try:
+                found = self._reader.feed(ahead)
+                if found is None:
+                    self._await_head()
+                    return
+                head, self._ahead = found
+                self._begin(head, request_body(head))
+            except ProxyError as error:
+                self._refuse_rest(error)
 
-    def _fail_body(self) -> None:
-        """aiohttp queues what is wrong with a body as if it were a next request, and lets whoever
-        reads the body wait for ever."""
-        if self._body_is_over or not self._messages:
+    def _begin(self, head: RequestHead, body: NoBody | Sized | Chunked) -> None:
+        self._head_since = None
+        if body.done or isinstance(body, NoBody):
+            self._queue(_message(head), EMPTY_PAYLOAD)
             return
-        message, _ = self._messages[-1]
-        if not isinstance(message, RawRequestMessage) and self._arriving is not None:
-            self._arriving.set_exception(web.RequestPayloadError("malformed"))
+        self._payload = Payload(self._regulate)
+        self._queue(_message(head), self._payload)
+        self._body = body
+        ahead, self._ahead = self._ahead, b""
+        self._ahead = self._read_body(body, ahead)
 
-    def request_began(self, body: StreamReader) -> None:
-        """The head is whole."""
-        self._arriving = body
-        self._head_began = None
-        self._dripping = False
+    def _read_body(self, body: Sized | Chunked, data: bytes) -> bytes:
+        """Passes a part of a body on; returns what is behind it."""
+        try:
+            piece = body.feed(data)
+        except FramingError as error:
+            self._refused, self._body = True, None
+            message = f"The request's body is malformed: {error}."
+            self._payload.fail(ProxyError("invalid_request", message, close=True))
+            return b""
+        if piece:
+            self._payload.feed(piece)
+        if not body.done:
+            return b""
+        self._body = None
+        self._payload.end()
+        return body.surplus
+
+    def _refuse_rest(self, error: ProxyError) -> None:
+        """Ends the reading: requests before are answered, then `error` is, then all is over."""
+        self._refused, self._ahead = True, b""
+        self._queue(_ErrInfo(400, error, ""), Payload(self._regulate))
+
+    def _queue(self, message: RawRequestMessage | _ErrInfo, payload: Any) -> None:
+        self._messages.append((message, payload))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _regulate(self) -> None:
+        """Reads from the client only while little of what it sent waits."""
+        hold = self._payload.is_full or len(self._ahead) > _MAX_AHEAD
+        if hold != self._held and self._out is not None and not self._out.is_closing():
+            self._held = hold
+            (self._out.pause_reading if hold else self._out.resume_reading)()
+
+    def _await_head(self) -> None:
+        """Starts the clock of a head, once nothing is left to answer before it."""
+        if self._head_since is None and self._waiter is not None and self._reader.begun:
+            self._head_since = self._loop.time()
 
     def check_head(self, now: float) -> None:
-        """Refuses a head that has been coming for too long, dripped or not sent at all."""
-        if self._head_began is None or now - self._head_began <= self._timeouts.head:
-            return
-        if self.transport is not None and self._dripping:
-            error = ProxyError(
-                "request_timeout",
-                f"The request's head did not arrive within {self._timeouts.head:g} s.",
-                close=True,
-            )
-            self.transport.write(_rendered(self._refuse(error)))
-        self.force_close()
+        """Refuses a head that has been coming for too long, dripped or not sent at all.
+
+        Between requests aiohttp's keep-alive clock runs, until something has come.
+        """
+        self._await_head()
+        if self._head_since is not None and now - self._head_since > self._timeouts.head:
+            if self._reader.begun and not self._refused:
+                message = f"The request's head did not arrive within {self._timeouts.head:g} s."
+                self._refuse_rest(ProxyError("request_timeout", message, close=True))
+            else:
+                self.force_close()
 
     def handle_error(
         self,
@@ -190,8 +260,36 @@ class ClientConnection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what aiohttp could not parse; its own would be logged with what came."""
-        return self._refuse(_parse_error(exc))
+        """The answer to what could not be read; aiohttp's own would be logged with what came."""
+        assert isinstance(exc, ProxyError)
+        return self._refuse(exc)
+
+
+class _Consumed:
+    """What is left of aiohttp's parser: it is told when the next request begins to be answered."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+
+    def message_consumed(self) -> None:
+        self._connection.read_on()
+        self._connection._regulate()
+
+
+def _message(head: RequestHead) -> RawRequestMessage:
+    """A head in aiohttp's terms."""
+    return RawRequestMessage(
+        method=head.method,
+        path=head.target,
+        version=HttpVersion11 if head.minor else HttpVersion10,
+        headers=head.fields,
+        raw_headers=head.headers,
+        should_close=not head.keeps_alive,
+        compression=None,
+        upgrade=False,
+        chunked=False,
+        url=ERROR.url,  # nobody asks: what is forwarded is the target as it came
+    )
 
 
 # Where struct tcp_info (linux/tcp.h) has tcpi_bytes_acked, since Linux 4.1.
@@ -212,26 +310,6 @@ def _taken(transport: asyncio.Transport) -> int:
     return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
 
 
-def _parse_error(exc: BaseException | None) -> ProxyError:
-    """aiohttp's parser errors in our vocabulary; its texts quote the request and are dropped."""
-    if isinstance(exc, LineTooLong):
-        if exc.args[1] == _MAX_LINE:
-            return ProxyError("uri_too_long", "The request line is too long.", close=True)
-        return ProxyError("headers_too_large", "A header of the request is too long.", close=True)
-    if exc is not None and "Too many headers" in str(exc):
-        return ProxyError("headers_too_large", "The request has too many headers.", close=True)
-    return ProxyError("invalid_request", "The request is not valid HTTP/1.1.", close=True)
-
-
-def _rendered(response: web.Response) -> bytes:
-    """A response as bytes, for a connection on which aiohttp has no request to answer."""
-    assert isinstance(response.body, bytes)
-    fields = [(key.encode(), value.encode()) for key, value in response.headers.items()]
-    fields.append((b"Content-Length", b"%d" % len(response.body)))
-    reason = HTTPStatus(response.status).phrase.encode()
-    return _head_bytes(response.status, reason, fields) + response.body
-
-
 def _head_bytes(status: int, reason: bytes, fields: Iterable[Header]) -> bytes:
     lines = [b"HTTP/1.1 %d %b" % (status, reason)]
     lines += [name + b": " + value for name, value in fields]
@@ -239,10 +317,8 @@ def _head_bytes(status: int, reason: bytes, fields: Iterable[Header]) -> bytes:
 
 
 class Server(web.Server):
-    """aiohttp's server of plain handlers, with our connections.
-
-    Bodies are not inflated: what the client sent is what the upstream gets. `timeouts` is asked for
-    each new connection, so that a reload holds for it.
+    """aiohttp's server of plain handlers, with our connections. `timeouts` is asked for each new
+    connection, so that a reload holds for it.
     """
 
     def __init__(
@@ -261,9 +337,7 @@ class Server(web.Server):
             loop=self._loop,
             keepalive_timeout=timeouts.keep_alive,
             access_log=None,
-            auto_decompress=False,
-            max_line_size=_MAX_LINE,
-            max_field_size=_MAX_FIELD,
+            lingering_time=_LINGER,
         )
 
     def sweep(self) -> None:
@@ -283,19 +357,36 @@ class Server(web.Server):
         return [cast(ClientConnection, connection) for connection in self.connections]
 
 
+# aiohttp's stand-in for what could not be read is HTTP/1.0; the sender rather speaks 1.1.
+_UNREAD = ERROR._replace(version=HttpVersion11)
+
+
 def _begin_request(
     message: RawRequestMessage,
-    payload: StreamReader,
+    payload: Any,
     protocol: web.RequestHandler,
     writer: AbstractStreamWriter,
     task: asyncio.Task[None],
 ) -> web.BaseRequest:
     connection = cast(ClientConnection, protocol)
-    connection.request_began(payload)
-    if message.method == "UNKNOWN":
-        # aiohttp's stand-in for what it could not parse, as HTTP/1.0; the sender rather speaks 1.1.
-        message = message._replace(version=HttpVersion11)
+    message = _UNREAD if message is ERROR else message
     return web.BaseRequest(message, payload, protocol, writer, task, connection.loop)
+
+
+class LastAnswer(web.Response):
+    """An answer after which the connection ends: our side at once, so that the client sees it, and
+    the client's when it has stopped sending, or after `_LINGER`. Closed at once, with bytes unread,
+    TCP would reset it, and take the answer from the client's hands (RFC 9112 9.6)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.force_close()
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        request = self._req
+        await super().write_eof(data)
+        if request is not None and request.transport and not request.transport.is_closing():
+            request.transport.write_eof()
 
 
 class Sink(web.StreamResponse):

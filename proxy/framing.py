@@ -1,6 +1,6 @@
 """F0 framing: HTTP/1.1 responses as pure values, no sockets and no clocks (RFC 9112).
 
-A response is a head and a body. `HeadReader` takes bytes until the head is whole and gives a
+`requests` reads requests with the same bodies. A response is a head and a body. `HeadReader` takes bytes until the head is whole and gives a
 `ResponseHead`; `body_of` says which of the four bodies follows it:
 
     NoBody       HEAD, 204, 304: nothing, whatever the headers say
@@ -9,8 +9,8 @@ A response is a head and a body. `HeadReader` takes bytes until the head is whol
     UntilClose   neither: until the upstream closes the connection
 
 A body takes bytes (`feed`) and gives back their payload. It is `done` at its own end; what came
-after is its `surplus`, which belongs to nobody: it is never relayed, and such a connection is never
-used again. `eof` tells a body that no more bytes will come.
+after is its `surplus`: behind a request it is the next one, behind a response it belongs to nobody,
+is never relayed, and such a connection is never used again. `eof` tells a body that no more bytes will come.
 
 Two rules. Whatever can be read in two ways is refused (`FramingError`), because the next reader
 would choose the other way: that is how responses get smuggled. And payload is handed on as it
@@ -126,14 +126,21 @@ def parse_head(block: bytes) -> ResponseHead:
     line = _STATUS_LINE.match(block)
     if line is None:
         raise FramingError("its status line is malformed")
-    if _FIELDS.fullmatch(block, line.end()) is None:
+    headers = read_fields(block, line.end())
+    if headers is None:
         raise FramingError("its head has a malformed header field")
-    fields = block[line.end() : -4].split(b"\r\n") if line.end() < len(block) - 2 else []
+    return ResponseHead(int(line[1]), int(line[2]), line[3] or b"", headers)
+
+
+def read_fields(block: bytes, start: int) -> tuple[Header, ...] | None:
+    """The header fields of a head, from `start` to the empty line; None if one is malformed."""
+    if _FIELDS.fullmatch(block, start) is None:
+        return None
     headers = []
-    for each in fields:
+    for each in block[start:-4].split(b"\r\n") if start < len(block) - 2 else []:
         name, _, value = each.partition(b":")
         headers.append((name, value.strip(b" \t")))
-    return ResponseHead(int(line[1]), int(line[2]), line[3] or b"", tuple(headers))
+    return tuple(headers)
 
 
 class NoBody:
@@ -143,10 +150,10 @@ class NoBody:
     reusable = True
 
     def __init__(self) -> None:
-        self.surplus = False
+        self.surplus = b""
 
     def feed(self, data: bytes) -> bytes:
-        self.surplus = self.surplus or bool(data)
+        self.surplus = data
         return b""
 
     def eof(self) -> None:
@@ -160,15 +167,14 @@ class Sized:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.surplus = False
+        self.surplus = b""
         self.done = length == 0
         self._left = length
 
     def feed(self, data: bytes) -> bytes:
         left = self._left - len(data)
         if left < 0:
-            data = data[: self._left]
-            self.surplus = True
+            data, self.surplus = data[: self._left], data[self._left :]
             left = 0
         self._left = left
         self.done = left == 0
@@ -183,7 +189,7 @@ class UntilClose:
     """Everything until the upstream closes: its end can't be told from a cut."""
 
     reusable = False
-    surplus = False
+    surplus = b""
 
     def __init__(self) -> None:
         self.done = False
@@ -211,7 +217,7 @@ class Chunked:
 
     def __init__(self) -> None:
         self.done = False
-        self.surplus = False
+        self.surplus = b""
         self._left = 0  # bytes that the current chunk still lacks
         self._between = b""  # an unfinished line between two chunks' data
         self._expects_crlf = False  # the line end behind a chunk's data
@@ -219,7 +225,7 @@ class Chunked:
 
     def feed(self, data: bytes) -> bytes:
         if self.done:
-            self.surplus = self.surplus or bool(data)
+            self.surplus = data
             return b""
         if self._between:
             data, self._between = self._between + data, b""
@@ -279,7 +285,7 @@ class Chunked:
             line, at = data[at:end], end + 2
             if not line:
                 self.done = True
-                self.surplus = at < len(data)
+                self.surplus = data[at:]
                 return len(data)
             self._trailers = (self._trailers or 0) + len(line)
             if self._trailers > _MAX_TRAILERS or not _TRAILER.fullmatch(line):

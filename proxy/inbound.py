@@ -9,15 +9,17 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 from urllib.parse import unquote_to_bytes
 
 import msgspec
-from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion11, web
 
 from proxy.errors import ProxyError
 from proxy.exchange import Ask, Upload
 from proxy.headers import is_loop
+from proxy.payload import Payload
+from proxy.requests import FORWARDED_METHODS
 
 PREFIX = "/v1"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -25,6 +27,9 @@ _REFUSED_METHODS = ("CONNECT", "TRACE")
 # UTF-8 sequences that are longer than need be: another spelling of ASCII, dots and slashes included
 _OVERLONG = re.compile(rb"[\xc0\xc1]|\xe0[\x80-\x9f]|\xf0[\x80-\x8f]")
 _MAX_ENCODINGS = 4  # rounds of percent-decoding; nobody means more, and each costs its length
+# Bytes of a model's name as it stands in the body. A longer one is nobody's, and matching megabytes
+# against a route's patterns would hold everybody up.
+_MAX_MODEL = 4096
 _SUSPICIOUS = re.compile(r"[.%\\]|//")
 
 
@@ -66,7 +71,9 @@ def _refuse_traversal(path: str) -> None:
     decoded = path.encode("utf-8", "surrogateescape")
     for _ in range(_MAX_ENCODINGS):
         once, decoded = decoded, unquote_to_bytes(decoded)
-    if decoded != once:
+        if decoded == once:
+            break
+    else:
         raise _invalid_path("is percent-encoded again and again")
     below = decoded.removeprefix(PREFIX.encode())
     if decoded.startswith(b"//") or below.startswith(b"//"):
@@ -98,7 +105,7 @@ async def read_ask(request: web.BaseRequest, bounds: Bounds) -> Ask:
         raise ProxyError(
             "method_not_allowed",
             f"{request.method} is not forwarded.",
-            extra_headers={"Allow": "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"},
+            extra_headers={"Allow": FORWARDED_METHODS},
             close=True,
         )
     target = upstream_target(request.raw_path)
@@ -122,15 +129,6 @@ async def read_ask(request: web.BaseRequest, bounds: Bounds) -> Ask:
 
 def _check_declared(request: web.BaseRequest, bounds: Bounds) -> None:
     """Refuses by the head alone what would be refused later, so that the body need not be sent."""
-    if request.version not in {HttpVersion10, HttpVersion11}:
-        raise ProxyError("invalid_request", "Only HTTP/1.1 and 1.0 are spoken here.", close=True)
-    codings = [each.lower() for each in request.headers.getall("Transfer-Encoding", [])]
-    if codings and (codings != ["chunked"] or request.version < HttpVersion11):
-        raise ProxyError(
-            "invalid_request",
-            "The only Transfer-Encoding that is understood is one `chunked`, in HTTP/1.1.",
-            close=True,
-        )
     expectation = request.headers.get("Expect")
     if expectation is not None and expectation.lower() != "100-continue":
         raise ProxyError(
@@ -154,26 +152,20 @@ async def _pieces(request: web.BaseRequest, bounds: Bounds) -> AsyncIterator[byt
     """The body as it comes, at most `max_body` bytes of it."""
     if "Expect" in request.headers and request.version >= HttpVersion11 and request.transport:
         request.transport.write(_CONTINUE)  # RFC 9110 10.1.1: now that the body will be read
-    content, size = request.content, 0
-    try:
-        while not content.at_eof():
-            piece = content.read_nowait() or await _next_piece(content, bounds.body_timeout)
-            size += len(piece)
-            if size > bounds.max_body:
-                raise _too_large(bounds.max_body)
-            if piece:
-                yield piece
-    except (web.RequestPayloadError, OSError) as error:  # OSError: however the connection broke
-        raise ProxyError(
-            "invalid_request", "The request's body is malformed or was cut short.", close=True
-        ) from error
+    payload, size = cast(Payload, request.content), 0
+    while not payload.is_taken:
+        piece = payload.take_nowait() or await _next_piece(payload, bounds.body_timeout)
+        size += len(piece)
+        if size > bounds.max_body:
+            raise _too_large(bounds.max_body)
+        if piece:
+            yield piece
 
 
-async def _next_piece(content: Any, timeout: float) -> bytes:
+async def _next_piece(payload: Payload, timeout: float) -> bytes:
     try:
         async with asyncio.timeout(timeout):
-            piece: bytes = await content.readany()
-            return piece
+            return await payload.take()
     except TimeoutError:
         raise ProxyError(
             "request_timeout", f"The request's body stood still for {timeout:g} s.", close=True
@@ -189,19 +181,29 @@ def _too_large(max_body: int) -> ProxyError:
 
 
 class _Peek(msgspec.Struct):
-    """The two members of a request that choose its way; the others are skipped, not built."""
+    """The two members of a request that choose its way, as they stand. Nothing is built of them:
+    ten million objects in place of the model's name would take a gigabyte, and a second."""
 
-    model: Any = None
-    stream: Any = None
+    model: msgspec.Raw = msgspec.Raw()
+    stream: msgspec.Raw = msgspec.Raw()
 
 
 _peeker = msgspec.json.Decoder(_Peek)
+_string = msgspec.json.Decoder(str)
+_TRUE = msgspec.Raw(b"true")
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def _peek(body: bytes) -> tuple[str | None, bool]:
     """Model and `stream` of a JSON body; a body that can't be read goes up as it is, unread."""
     try:
         peek = _peeker.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except _UNREADABLE:
         return None, False
-    return peek.model if isinstance(peek.model, str) else None, peek.stream is True
+    stream = peek.stream == _TRUE
+    if len(peek.model) > _MAX_MODEL:
+        return None, stream
+    try:
+        return _string.decode(peek.model), stream
+    except _UNREADABLE:  # none, or no string
+        return None, stream

@@ -63,7 +63,7 @@ def read(pieces: Iterable[bytes], method: str = "GET") -> Read:
         whole = False
     else:
         whole = body.done
-    return Read(head.status, head.headers, payload, whole, done, body.surplus)
+    return Read(head.status, head.headers, payload, whole, done, bool(body.surplus))
 
 
 def outcome(pieces: Iterable[bytes], method: str = "GET") -> Read | str:
