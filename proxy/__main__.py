@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(loaded: config.Config, load: server.Load) -> int:
     async def run() -> None:
         await server.Process(loaded, load).run()
+        # All is said and done: a signal that comes now must not change the exit code.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

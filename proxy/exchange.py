@@ -3,17 +3,25 @@
 `Exchange` is the one mutable record of a request. Whoever learns something writes it here;
 metrics and the access line are written from it, at its end, in `observe`. Times are in seconds of
 the monotonic clock; `None` means that it did not come to that.
+
+Neither tells a secret: an `Ask` shows its headers, query and body in no repr, so that none gets
+into a log with whatever holds it, and an `Exchange` has none to tell.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 from proxy.errors import Dialect, ProxyError
 from proxy.framing import Header
+
+# A segment of a path that looks like a key: some gateways have a place for one there, and a client
+# that was moved here may still send it.
+_KEY_LIKE = re.compile(r"/[^/]*?(?<![A-Za-z])sk-[^/]*")
 
 
 class Outcome(Enum):
@@ -60,9 +68,9 @@ class Ask:
     """
 
     method: str
-    target: bytes
-    headers: tuple[Header, ...]
-    body: bytes | Upload | None = None
+    target: bytes = field(repr=False)
+    headers: tuple[Header, ...] = field(repr=False)
+    body: bytes | Upload | None = field(default=None, repr=False)
     model: str | None = None
     stream: bool = False
 
@@ -74,7 +82,7 @@ class Exchange:
     id: str  # ours, unique
     request_id: str  # the client's if it gave a usable one
     method: str
-    path: str
+    path: str  # without the query; what may be a key in it is ***
     received: float
     client: str = "anonymous"
     route: str = "none"
@@ -100,6 +108,9 @@ class Exchange:
     task: asyncio.Task[object] | None = None
     interruption: ProxyError | None = None
     error: ProxyError | None = None  # what the client was told, as an answer or in-band
+
+    def __post_init__(self) -> None:
+        self.path = _KEY_LIKE.sub("/***", self.path)
 
     @property
     def dialect(self) -> Dialect:

@@ -51,8 +51,8 @@ class ResponseHead:
 
     minor: int
     status: int
-    reason: bytes
-    headers: tuple[Header, ...]
+    reason: bytes = field(repr=False)
+    headers: tuple[Header, ...] = field(repr=False)
     _by_name: dict[bytes, list[bytes]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

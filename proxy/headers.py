@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from proxy.framing import Header
@@ -64,7 +64,7 @@ class UpstreamRules:
     """
 
     host: bytes
-    fixed: tuple[Header, ...]
+    fixed: tuple[Header, ...] = field(repr=False)  # it may hold a key
     injects: bool
 
     @property

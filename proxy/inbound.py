@@ -43,7 +43,7 @@ class Bounds:
 
 def path_of(raw_target: str) -> str:
     """The path of a request target, without its query; also of one in absolute form."""
-    path = raw_target.partition("?")[0]
+    path = raw_target.partition("#")[0].partition("?")[0]
     if not path.startswith("/") and "://" in path:  # RFC 9112 3.2.2
         path = "/" + path.partition("://")[2].partition("/")[2]
     return path

@@ -39,6 +39,7 @@ _NEVER = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ABSOLUTE = re.compile(rb"https?://[^/?#]+(?:[/?].*)?", re.IGNORECASE)
 # RFC 3986 3.2.2, without the delimiters that no host of ours needs, and a port (RFC 9112 3.2).
 _HOST = re.compile(r"(?:[A-Za-z0-9\-._~%]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")
+_CHUNKED = re.compile(r"chunked", re.IGNORECASE | re.ASCII)  # else the Kelvin sign is a k
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 
@@ -51,6 +52,9 @@ class RequestHead(NamedTuple):
     minor: int
     headers: tuple[Header, ...]
     fields: CIMultiDictProxy[str]
+
+    def __repr__(self) -> str:
+        return f"<RequestHead {self.method}>"  # the rest may hold a key
 
     @property
     def keeps_alive(self) -> bool:
@@ -182,7 +186,7 @@ def request_body(head: RequestHead) -> NoBody | Sized | Chunked:
             raise _invalid("both Transfer-Encoding and Content-Length")
         if head.minor == 0:
             raise _invalid("a Transfer-Encoding, which HTTP/1.0 does not have")
-        if [coding.lower() for coding in codings] != ["chunked"]:
+        if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
             raise _invalid("another Transfer-Encoding than one `chunked`")
         return Chunked()
     if len(lengths) > 1:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import uvloop
+
+from tests import canaries
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -18,3 +20,21 @@ def pytest_asyncio_loop_factories(
     if "flow" in item.path.parts:
         return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_secret_is_written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fails the run, at its end, for every canary in what the proxy wrote in any of its tests."""
+    yield
+    canaries.search_logs(tmp_path_factory.getbasetemp())
+    if seen := list(canaries.sightings):
+        first = "\n".join(seen[:20])
+        pytest.fail(
+            f"{len(seen)} places in which the proxy wrote a secret:\n{first}", pytrace=False
+        )
+
+
+@pytest.fixture(autouse=True)
+def _log_is_searched() -> Iterator[None]:
+    with canaries.listening():
+        yield

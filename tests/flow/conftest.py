@@ -15,6 +15,7 @@ from proxy import config
 from proxy.app import App
 from proxy.downstream import Server
 from proxy.exchange import Exchange
+from tests import canaries
 from tests.flow.wire import PATIENCE, Client, Reply, Upstream
 
 
@@ -102,6 +103,7 @@ async def start(upstream: Upstream, tmp_path: Path) -> AsyncIterator[Start]:
             path.write_text(f"upstreams: {{up: {{base_url: '{url}', {up}}}}}\n{settings}\n")
             app = App(config.load(path, {}))
             stack.push_async_callback(app.close)
+            stack.callback(_search_metrics, app)
             server = app.server()
             stack.push_async_callback(server.shutdown, 0.1)
             bound = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
@@ -119,14 +121,22 @@ def _abort_all(clients: list[Client]) -> None:
         client.abort()
 
 
+def _search_metrics(app: App) -> None:
+    canaries.search(app.observer.render(), canaries.here("metrics"))
+
+
 def _collect(app: App) -> list[Exchange]:
-    """All records, as they are written down."""
+    """All records, as they are written down, searched with the errors that clients were told."""
     ended: list[Exchange] = []
     write = app.observer._write
 
     def written(exchange: Exchange) -> None:
         ended.append(exchange)
         write(exchange)
+        canaries.search(repr(exchange), canaries.here("a record"))
+        if exchange.error is not None:
+            body = exchange.error.body(exchange.dialect)
+            canaries.search(body, canaries.here("an error"))
 
     app.observer._write = written  # type: ignore[method-assign]
     return ended

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 import h11
 
+from tests.canaries import CLIENT_KEY, PROMPT
+
 PATIENCE = 10.0  # seconds: a test that waits longer has failed
 
 
@@ -270,13 +272,14 @@ class Client:
 
 
 def post(
-    body: bytes = b'{"model":"m","stream":true}',
+    body: bytes = b'{"model":"m","stream":true,"prompt":"%b"}' % PROMPT.encode(),
     *fields: str,
     path: str = "/v1/chat/completions",
     content_type: str = "application/json",
 ) -> bytes:
     """The bytes of one POST."""
-    lines = [f"POST {path} HTTP/1.1", "Host: sluice", f"Content-Type: {content_type}", *fields]
+    own = ("Host: sluice", f"Content-Type: {content_type}", f"api-key: {CLIENT_KEY}")
+    lines = [f"POST {path} HTTP/1.1", *own, *fields]
     if not any(field.lower().startswith("transfer-encoding") for field in fields):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -9,12 +9,14 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import canaries
 from tests.flow.wire import PATIENCE, Client, get, post
 
 ASK = b'{"model":"m","stream":true,"messages":[{"role":"user","content":"a long story"}]}'
@@ -76,7 +78,8 @@ async def run(tmp_path: Path) -> AsyncIterator[Run]:
         if running.process.returncode is None:
             running.process.kill()
         assert running.process.stdout is not None
-        await running.process.stdout.read()
+        rest = await running.process.stdout.read()
+        canaries.search(json.dumps(running.log).encode() + rest, canaries.here("standard output"))
         await running.process.wait()
 
 
@@ -143,6 +146,17 @@ async def test_a_second_signal_hurries(run: Run) -> None:
     assert time.monotonic() - told < 1
     assert not (await client.reply()).whole
     client.close()
+
+
+@pytest.mark.parametrize("delay", [0, 0.02])
+async def test_a_signal_at_the_very_end_changes_nothing(run: Run, delay: float) -> None:
+    running = await run(DEMO)
+    running.tell(signal.SIGTERM)
+    await running.logged("stopped")
+    await asyncio.sleep(delay)  # somewhere between its last word and its exit
+    with suppress(ProcessLookupError):
+        running.tell(signal.SIGTERM)
+    assert await running.exit_code() == 0
 
 
 async def test_a_reload_holds_for_new_requests(run: Run) -> None:

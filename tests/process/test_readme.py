@@ -45,6 +45,14 @@ def test_every_error_code_is_in_its_table() -> None:
         assert f"`{code}`" in README, code
 
 
+def test_the_threat_model_names_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/threat-model.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert (ROOT / file).exists(), file
+        assert not test or f"def {test}(" in (ROOT / file).read_text(), test
+
+
 async def test_every_metric_is_in_its_table() -> None:
     observer = Observer(config.load(ROOT / "config.yaml", {}), time.monotonic)
     names = re.findall(r"^# TYPE (sluice_\S+)", observer.render().decode(), re.MULTILINE)

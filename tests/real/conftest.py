@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.processes import STARTERS, Process, Upstream, start_aimock, start_proxy
+from tests import canaries
+from tests.real.processes import STARTERS, Process, Upstream, get, start_aimock, start_proxy
 
 
 @pytest.fixture(scope="session", params=STARTERS)
@@ -36,9 +37,11 @@ def aimock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
 def proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     with start_proxy(tmp_path_factory.mktemp("proxy"), upstream) as started:
         yield started
+        canaries.search(get(started.url + "/metrics"), "the metrics of tests/real")
 
 
 @pytest.fixture(scope="session")
 def aimock_proxy(aimock: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     with start_proxy(tmp_path_factory.mktemp("proxy"), aimock) as started:
         yield started
+        canaries.search(get(started.url + "/metrics"), "the metrics of tests/real")

@@ -25,11 +25,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import canaries
 from tests.parts import need
 
 HERE = Path(__file__).parent
-KEY = "sk-upstream"  # the upstream's; the proxy injects it
-CLIENT_KEY = "sk-client"  # what clients send; must never arrive
+KEY = canaries.UPSTREAM_KEY  # the upstream's; the proxy injects it
+CLIENT_KEY = canaries.CLIENT_KEY  # what clients send; must never arrive
 
 
 def free_port() -> int:

@@ -47,6 +47,34 @@ def test_an_ask_cannot_change() -> None:
         ask.stream = True  # type: ignore[misc]
 
 
+def test_an_ask_shows_nothing_of_what_it_holds() -> None:
+    canary = b"sk-canary"
+    for body in (canary, None):
+        ask = Ask("POST", b"/x?key=" + canary, ((b"Authorization", canary),), body, model="m")
+        assert repr(ask) == "Ask(method='POST', model='m', stream=False)"
+
+
+@pytest.mark.parametrize(
+    ("path", "recorded"),
+    [
+        ("/v1/sk-short/models", "/v1/***/models"),
+        ("/v1/files/file-0123456789abcdef", "/v1/files/file-0123456789abcdef"),
+        ("/v1/models;key=sk-short", "/v1/***"),
+        ("/v1/Bearer%20sk-short", "/v1/***"),
+        ("/sk-1/x/sk-2", "/***/x/***"),
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/models/ft:claude-3-5-sonnet-20241022", "/v1/models/ft:claude-3-5-sonnet-20241022"),
+        ("/v1/fine_tuning/jobs/risk-2", "/v1/fine_tuning/jobs/risk-2"),
+        ("/v1/messages/sk-x", "/v1/messages/***"),
+        ("-", "-"),
+    ],
+)
+def test_a_path_is_recorded_without_what_may_be_a_key(make: Make, path: str, recorded: str) -> None:
+    exchange = make(path)
+    assert exchange.path == recorded
+    assert exchange.dialect is Dialect.of(path)
+
+
 async def tell(exchange: Exchange, started: asyncio.Event) -> ProxyError | str | None:
     """A request that runs until it is cancelled, and says why."""
     exchange.task = asyncio.current_task()

@@ -133,6 +133,7 @@ def test_what_is_no_request_is_refused_at_once(data: bytes) -> None:
         b"Transfer-Encoding: chunked, identity\r\n",
         b"Transfer-Encoding: identity\r\n",
         b"Transfer-Encoding: xchunked\r\n",
+        "Transfer-Encoding: chun\N{KELVIN SIGN}ed\r\n".encode(),
         b"Transfer-Encoding: chunked;a=b\r\n",
         b'Transfer-Encoding: "chunked"\r\n',
         b"Transfer-Encoding:\r\n",
