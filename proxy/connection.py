@@ -29,22 +29,37 @@ from typing import Protocol, cast
 from aiohappyeyeballs import AddrInfoType, start_connection
 
 from proxy.errors import ProxyError
-from proxy.framing import Body, FramingError, HeadReader, ResponseHead, body_of
+from proxy.framing import MAX_HEAD, Body, FramingError, HeadReader, ResponseHead, body_of
 from proxy.resolver import Resolver
 
 _BACKLOG = 64 * 1024  # bytes of a body held while nobody receives it yet
+_TLS_RECORD = 16 * 1024  # bytes of payload that one holds at most (RFC 8446 5.1)
 _HAPPY_EYEBALLS_DELAY = 0.25  # seconds until the next address is tried too (RFC 8305 5)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where connections go: host and port, `tls` for https, `label` for messages."""
+    """Where connections go: host and port, `tls` for https, `label` for messages.
+
+    `egress` is the host:port of the forward proxy on the way, if there is one; `resolver` finds
+    whoever comes first.
+    """
 
     host: str
     port: int
     tls: ssl.SSLContext | None
     label: str
     resolver: Resolver
+    egress: str | None = None
+
+    @property
+    def authority(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def place(self) -> str:
+        """For the log: a client has no business with addresses."""
+        return self.authority + (f" through {self.egress}" if self.egress else "")
 
 
 class Receiver(Protocol):
@@ -77,6 +92,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.reused = False
         self.answered = False  # a byte has come in this exchange
         self.transport: asyncio.Transport | None = None
+        self.peer: tuple[object, ...] = ()  # the address at the other end
+        self._tls: ssl.SSLObject | None = None
         self._loop = asyncio.get_running_loop()
         self._method = ""
         self._reader = HeadReader()
@@ -200,6 +217,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self._tls = transport.get_extra_info("ssl_object")
+        self.peer = tuple(transport.get_extra_info("peername") or ())
 
     def data_received(self, data: bytes) -> None:
         body = self._body
@@ -221,11 +240,11 @@ class UpstreamConnection(asyncio.Protocol):
             self._complete(body)
 
     def eof_received(self) -> bool:
-        self._lost(cleanly=True)
+        self._lost(cleanly=self._tls is None or self._ends_by_close_notify(self._tls))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost(cleanly=exc is None)
+        self._lost(cleanly=self._tls is not None and self._ends_by_close_notify(self._tls))
         self.transport = None
 
     def pause_writing(self) -> None:
@@ -234,6 +253,22 @@ class UpstreamConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._write_paused = False
         self._wake_writer()
+
+    def _ends_by_close_notify(self, tls: ssl.SSLObject) -> bool:
+        """Takes what TLS still holds, and says whether the upstream itself has ended there.
+
+        A FIN can be anybody's on the way; only the upstream can have sent the alert (RFC 9112 9.8,
+        RFC 8446 6.1). The loops don't tell: asyncio calls `eof_received` for either, and uvloop
+        throws away, on a FIN, what came while reading stood still.
+        """
+        try:
+            while data := tls.read(_TLS_RECORD):
+                self.data_received(data)
+        except ssl.SSLZeroReturnError:
+            return True
+        except ssl.SSLError:  # there is no more, and no alert
+            return False
+        return True
 
     # How states change: here and nowhere else.
 
@@ -290,8 +325,8 @@ class UpstreamConnection(asyncio.Protocol):
         elif self.state is State.BODY and self._body is not None:
             body = self._body
             try:
-                if not cleanly:  # a reset ends no body, not even one until close
-                    raise FramingError("the connection was reset")
+                if not cleanly:  # that ends no body, not even one until close
+                    raise FramingError("the connection broke off")
                 body.eof()
             except FramingError as error:
                 self.fail(self._aborted(f"cut its answer short: {error}"))
@@ -409,52 +444,109 @@ class Clock:
 
 
 async def connect(origin: Origin, timeout: float) -> UpstreamConnection:
-    """A new connection, with TLS verified where the origin has it.
+    """A new connection, through a forward proxy and with TLS verified where the origin has them.
 
-    Several addresses are tried as RFC 8305 says. `timeout` in seconds covers the name, TCP and TLS.
-    Raises ProxyError: upstream_unreachable, upstream_timeout (connect).
+    `timeout` in seconds covers the name, TCP, the tunnel and TLS. Raises ProxyError:
+    upstream_unreachable, upstream_timeout (connect).
     """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout):
-            addresses = await origin.resolver.addresses()
-            sock = await start_connection(
-                cast(list[AddrInfoType], addresses), happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY
-            )
+            sock = await _reach(origin)
             _, connection = await loop.create_connection(
                 lambda: UpstreamConnection(origin.label),
                 sock=sock,
                 ssl=origin.tls,
                 server_hostname=origin.host if origin.tls else None,
             )
+            if not connection.reusable:
+                raise _Explained("it spoke or hung up before it was asked", "closed at once")
             return connection
     except TimeoutError:
         raise ProxyError(
             "upstream_timeout",
             f"Upstream '{origin.label}' ran into its connect timeout of {timeout:g} s.",
             clock="connect",
-            detail=f"{origin.host}:{origin.port}",
+            detail=origin.place,
         ) from None
     except OSError as error:
         raise ProxyError(
             "upstream_unreachable",
-            f"Upstream '{origin.label}' could not be reached: {_reason(error, origin)}.",
-            detail=f"{origin.host}:{origin.port}: {error}",
+            f"Upstream '{origin.label}' could not be reached: {_reason(error)}.",
+            detail=f"{origin.place}: {error}",
         ) from error
 
 
-def _reason(error: OSError, origin: Origin) -> str:
+class _Explained(OSError):
+    """A failure with `words` of its own for clients; its text is for the log."""
+
+    def __init__(self, words: str, detail: object) -> None:
+        super().__init__(str(detail))
+        self.words = words
+
+
+async def _reach(origin: Origin) -> socket.socket:
+    """A socket that leads to the origin: by TCP, or in a forward proxy's tunnel. Raises OSError.
+
+    Several addresses are tried as RFC 8305 says.
+    """
+    try:
+        addresses = await origin.resolver.addresses()
+        sock = await start_connection(
+            cast(list[AddrInfoType], addresses), happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY
+        )
+        if origin.egress and origin.tls:
+            await _open_tunnel(sock, origin.authority)
+        return sock
+    except (OSError, FramingError) as error:
+        if origin.egress:
+            raise _Explained(f"its forward proxy failed: {_reason(error)}", error) from error
+        raise
+
+
+async def _open_tunnel(sock: socket.socket, authority: str) -> None:
+    """Asks the forward proxy at the other end of `sock` to connect it on (RFC 9110 9.3.6).
+
+    It is told where to and nothing else: the request and its key travel inside, under TLS.
+    """
+    loop = asyncio.get_running_loop()
+    reader, found = HeadReader(), None
+    try:
+        request = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n"
+        await loop.sock_sendall(sock, request.encode("ascii"))
+        while found is None:
+            data = await loop.sock_recv(sock, MAX_HEAD)
+            if not data:
+                raise _Explained("it closed the connection without an answer", "end of file")
+            found = reader.feed(data)
+        head, surplus = found
+        if not 200 <= head.status < 300:
+            said = f"{head.status} {head.reason.decode('latin-1')}"
+            raise _Explained(f"it refused with status {head.status}", said)
+        if surplus:  # TLS servers wait for their client to begin: these are not the upstream's
+            raise _Explained("it sent bytes of its own into the tunnel", "surplus bytes")
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _reason(error: OSError | FramingError) -> str:
     """Why there is no connection, without addresses, which are nothing for a client to know."""
     match error:
+        case _Explained():
+            return error.words
+        case FramingError():
+            return f"it sent an answer that is not valid HTTP/1.1: {error}"
         case ssl.SSLCertVerificationError():
-            return f"its certificate was refused: {error.verify_message}"
+            what, _, _names = error.verify_message.partition(",")
+            return f"its certificate was refused: {what}"
         case ssl.SSLError():
             return "TLS failed: is https right for it?"
         case socket.gaierror():
             return "its name could not be resolved"
         case OSError(errno=int(number)):
             return _OS_WORDS.get(number, errno.errorcode.get(number, "unknown error"))
-        case _ if origin.tls is not None:
+        case ConnectionError():  # so the event loops call an end of file in a TLS handshake
             return "it closed the connection during the TLS handshake: is https right for it?"
     return "none of its addresses answered"
 

@@ -407,7 +407,7 @@ class Sink(web.StreamResponse):
             raise asyncio.CancelledError("the client has left")
         self._out = transport
         self._writer = request.writer
-        fields = response_headers(head.headers, stream=stream)
+        fields = response_headers(head.headers, status=head.status, stream=stream)
         if stream:
             fields.extend(STREAM_HEADERS)
         fields.extend(ours)

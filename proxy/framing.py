@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 MAX_HEAD = 64 * 1024  # bytes of all heads of one response, the interim (1xx) ones included
+_MAX_FIELDS = 256
 _MAX_CHUNK_LINE = 1024  # a chunk's size and its extensions
 _MAX_TRAILERS = 16 * 1024
 
@@ -126,6 +127,8 @@ def parse_head(block: bytes) -> ResponseHead:
     line = _STATUS_LINE.match(block)
     if line is None:
         raise FramingError("its status line is malformed")
+    if block.count(b"\r\n") - 2 > _MAX_FIELDS:
+        raise FramingError(f"its head has more than {_MAX_FIELDS} fields")
     headers = read_fields(block, line.end())
     if headers is None:
         raise FramingError("its head has a malformed header field")

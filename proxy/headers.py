@@ -108,15 +108,18 @@ def request_headers(
     return outbound
 
 
-def response_headers(upstream: Iterable[Header], *, stream: bool) -> list[Header]:
+def response_headers(upstream: Iterable[Header], *, status: int, stream: bool) -> list[Header]:
     """The fields of the client's answer, without our own and without those of its framing.
 
-    Content-Length stays: it is the body's (RFC 9110 8.6), also where no body follows (HEAD, 304).
+    Content-Length stays: it is the body's, also where no body follows (HEAD, 304), but must not be
+    on a 204 (RFC 9110 8.6), where a lax reader would take bytes of the next answer for it.
     """
     upstream = tuple(upstream)
     dropped = HOP_BY_HOP | _nominated(upstream)
     if stream:
         dropped = dropped | _NOT_ON_STREAMS
+    if status == 204:
+        dropped = dropped | {b"content-length"}
     outbound = []
     for field in upstream:
         name = field[0].lower()

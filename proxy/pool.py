@@ -7,20 +7,26 @@ import select
 from collections.abc import Awaitable, Callable
 
 from proxy.connection import UpstreamConnection
+from proxy.resolver import Resolver
 
 MAX_IDLE = 256  # connections kept
-# Seconds an idle connection is kept: below most servers' own limit, and new connections resolve the
-# name anew, so that a changed DNS answer is followed within this time.
-KEEP_IDLE = 25.0
+KEEP_IDLE = 25.0  # seconds one is kept: below most servers' own limit
+# Seconds for which a lookup speaks for the connections that are there already. A busy one would be
+# used on for ever, whatever becomes of the name: so a changed answer is followed within 30 s.
+LOOKUP_HOLDS = 25.0
 
 Connect = Callable[[], Awaitable[UpstreamConnection]]
 
 
 class Pool:
-    """Hands out connections; whoever takes one gives it back with `release`, in every ending."""
+    """Hands out connections; whoever takes one gives it back with `release`, in every ending.
 
-    def __init__(self, connect: Connect) -> None:
+    `resolver` is the one that `connect` asks; without one, all connections lead to one place.
+    """
+
+    def __init__(self, connect: Connect, resolver: Resolver | None = None) -> None:
         self._connect = connect
+        self._resolver = resolver
         self._idle: list[tuple[float, UpstreamConnection]] = []
         self._closed = False
 
@@ -28,11 +34,16 @@ class Pool:
         return f"<Pool idle={len(self._idle)}{' closed' if self._closed else ''}>"
 
     async def acquire(self, *, fresh: bool = False) -> UpstreamConnection:
-        """An idle connection, else a new one; always a new one with `fresh`."""
-        while self._idle and not fresh:
+        """An idle connection, else a new one; always a new one with `fresh`.
+
+        Now and then a new one all the same: its lookup says whether the idle ones still lead to
+        where the name does.
+        """
+        asks_anew = self._resolver is not None and self._resolver.is_stale(LOOKUP_HOLDS)
+        while self._idle and not fresh and not asks_anew:
             since, connection = self._idle.pop()
             age = asyncio.get_running_loop().time() - since
-            if connection.reusable and age < KEEP_IDLE and not _has_input(connection):
+            if connection.reusable and age < KEEP_IDLE and self._is_sound(connection):
                 return connection
             connection.abort()
         return await self._connect()
@@ -56,6 +67,10 @@ class Pool:
         self._closed = True
         while self._idle:
             self._idle.pop()[1].abort()
+
+    def _is_sound(self, connection: UpstreamConnection) -> bool:
+        leads_there = self._resolver is None or self._resolver.leads_to(connection.peer)
+        return leads_there and not _has_input(connection)
 
 
 def _has_input(connection: UpstreamConnection) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 # Seconds for which an answer holds: a burst of connections costs one lookup, and a changed answer
@@ -26,35 +27,41 @@ class Resolver:
         self._host = host
         self._port = port
         self._lookup: asyncio.Future[Addresses] | None = None
-        self._found_at = 0.0
+        self._told_at = 0.0  # when the last lookup ended, well or not
+        self._newest: Addresses = []
 
     async def addresses(self) -> Addresses:
         """All addresses, in the system's order of preference. Raises OSError."""
         loop = asyncio.get_running_loop()
         lookup = self._lookup
-        if lookup is None or (lookup.done() and not self._is_fresh(lookup, loop.time())):
+        if lookup is None or (lookup.done() and (lookup.exception() or self.is_stale(_KEEP))):
             lookup = self._lookup = loop.create_future()
             threading.Thread(target=self._look_up, args=(loop, lookup), daemon=True).start()
         return await asyncio.shield(lookup)
 
-    def _is_fresh(self, lookup: asyncio.Future[Addresses], now: float) -> bool:
-        return lookup.exception() is None and now - self._found_at < _KEEP
+    def is_stale(self, after: float) -> bool:
+        """Whether the last lookup is older than `after` seconds, and none is under way."""
+        if self._lookup is not None and not self._lookup.done():
+            return False
+        return asyncio.get_running_loop().time() - self._told_at >= after
+
+    def leads_to(self, address: tuple[object, ...]) -> bool:
+        """Whether the newest answer has this address."""
+        return any(address[:2] == found[4][:2] for found in self._newest)
 
     def _look_up(self, loop: asyncio.AbstractEventLoop, lookup: asyncio.Future[Addresses]) -> None:
+        found: Addresses | OSError
         try:
             found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except OSError as error:
-            self._tell(loop, lookup.set_exception, error)
+            found = error
+        with suppress(RuntimeError):  # the loop has closed meanwhile, and nobody waits any more
+            loop.call_soon_threadsafe(self._told, lookup, found)
+
+    def _told(self, lookup: asyncio.Future[Addresses], found: Addresses | OSError) -> None:
+        self._told_at = asyncio.get_running_loop().time()
+        if isinstance(found, OSError):
+            lookup.set_exception(found)
         else:
-            self._tell(loop, self._found, lookup, found)
-
-    @staticmethod
-    def _tell(loop: asyncio.AbstractEventLoop, tell: Any, *arguments: Any) -> None:
-        try:
-            loop.call_soon_threadsafe(tell, *arguments)
-        except RuntimeError:
-            """The loop has closed meanwhile, and nobody waits any more."""
-
-    def _found(self, lookup: asyncio.Future[Addresses], found: Any) -> None:
-        self._found_at = asyncio.get_running_loop().time()
-        lookup.set_result(found)
+            self._newest = found
+            lookup.set_result(found)

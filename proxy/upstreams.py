@@ -29,13 +29,13 @@ class Upstream:
         )
         self.name = name
         self.timeouts = settings.timeouts
-        self.prefix = url.path.rstrip("/").encode("ascii")
+        self.prefix = _target_prefix(settings).encode("ascii")
         self._key = settings.key_source()
         self._auth = settings.auth
         self.injects = settings.injects  # a key of ours goes up, and so no client's does
         self.rules = UpstreamRules(url.netloc.encode("ascii"), fixed, self.injects)
         self.dropped = self.rules.dropped
-        self.pool = Pool(connect or _connector(name, settings))
+        self.pool = Pool(connect) if connect else _pool(name, settings)
         self.last_error: str | None = None
 
     def __repr__(self) -> str:
@@ -65,10 +65,31 @@ def build(
     }
 
 
-def _connector(name: str, settings: config.Upstream) -> Connect:
+def _target_prefix(settings: config.Upstream) -> str:
+    """What stands in a request line before the target that the client asked for."""
     url = urlsplit(settings.base_url)
-    assert url.hostname is not None  # config has seen to it
-    port = url.port or _DEFAULT_PORTS[url.scheme]
-    resolver = Resolver(url.hostname, port)
-    origin = Origin(url.hostname, port, settings.tls(), name, resolver)
-    return lambda: connect(origin, settings.timeouts.connect)
+    path = url.path.rstrip("/")
+    if settings.egress and url.scheme == "http":  # a forward proxy wants the whole of it
+        return f"http://{url.netloc}{path}"  # (absolute form, RFC 9112 3.2.2)
+    return path
+
+
+def _pool(name: str, settings: config.Upstream) -> Pool:
+    host, port = _host_and_port(settings.base_url)
+    # Behind a forward proxy names are that one's to look up.
+    resolver = Resolver(*_host_and_port(settings.egress or settings.base_url))
+    origin = Origin(
+        host=host,
+        port=port,
+        tls=settings.tls(),
+        label=name,
+        resolver=resolver,
+        egress=settings.egress and urlsplit(settings.egress).netloc,
+    )
+    return Pool(lambda: connect(origin, settings.timeouts.connect), resolver)
+
+
+def _host_and_port(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    assert parts.hostname is not None  # config has seen to it
+    return parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme]

@@ -98,8 +98,8 @@ BREAKS = [
     Break(
         "a reader that takes nothing is kept",
         "downstream.py",
-        "            self._out.abort()",
-        "            pass",
+        "        elif now - self._waits_since > self._timeouts.write:",
+        "        elif False:",
         "test_endings",
     ),
     Break(

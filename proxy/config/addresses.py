@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import ssl
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,10 @@ from proxy.config.values import Text, text
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 2.3.1, and _ of containers
+_HOST = rf"{_LABEL}(?:\.{_LABEL})*"
 _AUTHORITY = rf"(?P<host>{_HOST}|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{{1,5}}))?"
+_EGRESS = re.compile(rf"(?P<url>(?i:http)://{_AUTHORITY})/?")
 _BASE_URL = re.compile(rf"(?P<origin>(?i:https?)://{_AUTHORITY})(?P<path>/[^?#\\\s]*)?")
 _ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{_AUTHORITY}")
 
@@ -58,6 +61,26 @@ def base_url(url: str) -> str:
     return match["origin"].lower() + (match["path"] or "").rstrip("/")
 
 
+def egress(url: str) -> str:
+    """A forward proxy; its port must be said, as programs disagree about the default (80, 1080)."""
+    match = _EGRESS.fullmatch(url)
+    if match is None or not 0 < int(match["port"] or 0) < 65536:
+        raise ValueError("must be http://host:port of a forward proxy, without path or credentials")
+    host(match["host"].strip("[]"))
+    return match["url"].lower()
+
+
+def regular_file(path: Path) -> Path:
+    """No directory, and no device or pipe, whose end may never come."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError("must be a regular file")
+    return path
+
+
 def _certificates(path: Path) -> Path:
     try:
         ssl.create_default_context(cafile=path)
@@ -74,4 +97,5 @@ Networks = tuple[
 ]
 Origins = tuple[Annotated[Text, AfterValidator(origin)], ...]
 BaseUrl = Annotated[Text, AfterValidator(base_url)]
-CaPath = Annotated[Path, AfterValidator(_certificates)]
+Egress = Annotated[Text, AfterValidator(egress)]
+CaPath = Annotated[Path, AfterValidator(regular_file), AfterValidator(_certificates)]

@@ -17,6 +17,9 @@ def check(config: Config, document: Document) -> None:
         if upstream.ca_file and not upstream.base_url.startswith("https://"):
             message = "would not be used: base_url does not begin with https://"
             document.complain(("upstreams", name, "ca_file"), message)
+        if upstream.egress and upstream.demo:
+            message = "would not be used: demo:// is inside of this process"
+            document.complain(("upstreams", name, "egress"), message)
     _labels("routes", [route.name for route in config.routes], "none", document)
     _labels("clients", [client.name for client in config.clients], "anonymous", document)
     for index, route in enumerate(config.routes):
@@ -103,7 +106,7 @@ NOT_YET: Mapping[type[Part], Mapping[str, object]] = {
         "store_timeout": _NOTHING,
         "resume": None,
     },
-    Upstream: {"egress": None, "max_streams": None, "circuit": _NOTHING},
+    Upstream: {"max_streams": None, "circuit": _NOTHING},
     Timeouts: {"stall": _NOTHING},
     Route: {
         "model": None,

@@ -3,6 +3,9 @@
 Plain data know neither their lines nor duplicate keys, YAML nodes know both: so the data are made
 from the nodes here. Every later step complains to the same `Document`, so that all problems come at
 once. No complaint repeats a value: it may be a key, or have come from the environment.
+
+A small file can hold more than fits anywhere, since aliases of aliases multiply ("billion laughs"):
+so the steps of reading one are counted, and bounded.
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ from typing import Any
 import yaml
 
 from proxy.config.environment import expand
+
+_MAX_SIZE = 2**20  # bytes of a file
+_MAX_STEPS = 50_000  # parts of a text, and keys and values made of them: an alias's each time
+_MAX_NUMBER = 100  # characters of what is no text; base 60 (1:30:00) takes quadratic time
+_MAX_PROBLEMS = 1000  # named of one file
+_MAX_SPELLED = 200  # characters of a way that a problem shows
 
 Where = tuple[str | int, ...]  # the way to a key or value: ("routes", 1, "models", 0)
 
@@ -33,10 +42,11 @@ class Document:
     """A config as plain data, and the problems found so far."""
 
     file: str
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, repr=False)  # it holds keys
     lines: dict[Where, int] = field(default_factory=dict)
     names: dict[Where, str] = field(default_factory=dict)  # of parts not in the file: `--host`
     _problems: dict[Where, tuple[int, str]] = field(default_factory=dict)
+    _around: set[Where] = field(default_factory=set)  # parts with a problem, and all around them
 
     def complain(self, where: Where, message: str, *given: Where) -> None:
         """Adds a problem of a part, if it is sound so far, and whatever else it was judged by."""
@@ -45,6 +55,9 @@ class Document:
         line = self._line(where)
         name = self.names.get(where) or f"{self.file}:{line}: {_spelled(where)}"
         self._problems[where] = (line, f"{name}: {message}")
+        self._around.update(where[:depth] for depth in range(len(where) + 1))
+        if len(self._problems) == _MAX_PROBLEMS:
+            self.raise_problems()
 
     def raise_problems(self) -> None:
         if self._problems:
@@ -53,9 +66,8 @@ class Document:
 
     def _is_broken(self, where: Where) -> bool:
         """Whether the part, one that encloses it, or one inside has a problem."""
-        return any(
-            all(one == other for one, other in zip(where, broken, strict=False))
-            for broken in self._problems
+        return where in self._around or any(
+            where[:depth] in self._problems for depth in range(len(where))
         )
 
     def _line(self, where: Where) -> int:
@@ -72,9 +84,9 @@ def _spelled(where: Where) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            name = re.sub(r"[^\w.<?-].*", "...", part, flags=re.DOTALL)
+            name = re.sub(r"[^\w.<?-].*", "...", part[:_MAX_SPELLED], flags=re.DOTALL)
             text += f".{name}" if text else name
-    return text
+    return text if len(text) <= _MAX_SPELLED else text[:_MAX_SPELLED] + "..."
 
 
 def read(path: Path, environ: Mapping[str, str]) -> Document:
@@ -85,18 +97,28 @@ def read(path: Path, environ: Mapping[str, str]) -> Document:
         return ConfigError([f"{path}:{line}: {message}" if line else f"{path}: {message}"])
 
     try:
-        root = yaml.compose(path.read_text("utf-8-sig"), yaml.SafeLoader)
+        with path.open("rb") as file:
+            text = file.read(_MAX_SIZE + 1)
+        if len(text) > _MAX_SIZE:
+            raise _TooMuch
+        reader = _Reader(text.decode("utf-8-sig"), document, environ)
+        root = reader.get_single_node()
         if root is None:
             raise refusal("is empty: a mapping with at least `upstreams` is needed", 1)
         if not isinstance(root, yaml.MappingNode):
             raise refusal("must be a mapping: lines of `key: value`", _line_of(root))
-        document.data = _Reader(document, environ).value(root, (), _line_of(root))
+        document.data = reader.value(root, (), _line_of(root))
     except OSError as error:
         raise refusal(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise refusal("is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise refusal(*_yaml_trouble(error)) from None
+    except _TooMuch:
+        raise refusal(
+            "holds too much: a config has at most 1 MiB, and some ten thousand values, those of an "
+            "anchor counted wherever it is used"
+        ) from None
     except RecursionError:
         raise refusal("is nested too deeply, or an anchor is used inside what it names") from None
     return document
@@ -138,15 +160,30 @@ def _line_of(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-class _Reader:
-    """Makes plain data of YAML nodes, and notes the line of each."""
+class _TooMuch(Exception):
+    """The file holds more than any config does."""
 
-    def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
+
+class _Reader(yaml.SafeLoader):
+    """Makes plain data of a YAML text, and notes the line of each; counts its steps."""
+
+    def __init__(self, text: str, document: Document, environ: Mapping[str, str]) -> None:
+        super().__init__(text)
         self._document = document
         self._environ = environ
-        self._loader = yaml.SafeLoader("")
+        self._steps = 0
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > _MAX_STEPS:
+            raise _TooMuch
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._step()
+        return super().compose_node(parent, index)
 
     def value(self, node: yaml.Node, where: Where, line: int) -> Any:
+        self._step()
         self._document.lines[where] = line
         if node.tag not in _PLAIN:
             return self._document.complain(where, "has a YAML tag, which means nothing here")
@@ -157,8 +194,10 @@ class _Reader:
             items = enumerate(node.value)
             return [self.value(item, (*where, index), _line_of(item)) for index, item in items]
         try:
-            value = self._loader.construct_object(node)
-        except (ValueError, KeyError, AttributeError, yaml.YAMLError):  # 31 February, `!!bool x`
+            if node.tag != _TAG + "str" and len(node.value) > _MAX_NUMBER:
+                raise ValueError
+            value = self.construct_object(node)
+        except (ValueError, LookupError, AttributeError, yaml.YAMLError):  # 31 February, `!!bool x`
             return self._document.complain(where, "is no value to YAML: put it in quotes")
         try:
             return expand(value, self._environ) if isinstance(value, str) else value
@@ -167,9 +206,11 @@ class _Reader:
 
     def _pairs(self, node: yaml.MappingNode, where: Where) -> dict[str, tuple[yaml.Node, int]]:
         """The values of a mapping by key, each with the key's line; `<<` is merged in."""
+        self._step()
         merged: dict[str, tuple[yaml.Node, int]] = {}
         own: dict[str, tuple[yaml.Node, int]] = {}
         for key, value in node.value:
+            self._step()
             name = key.value if isinstance(key, yaml.ScalarNode) else "?"
             place = (*where, name)
             self._document.lines[place] = _line_of(key)

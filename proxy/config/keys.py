@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from proxy.config.addresses import regular_file
 from proxy.config.values import key
 
 _logger = logging.getLogger("sluice.config")
@@ -75,4 +76,4 @@ def _with_a_key(path: Path) -> Path:
     return path
 
 
-KeyPath = Annotated[Path, AfterValidator(_with_a_key)]
+KeyPath = Annotated[Path, AfterValidator(regular_file), AfterValidator(_with_a_key)]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from proxy.config.addresses import BaseUrl, CaPath, Host, Networks, Origins
+from proxy.config.addresses import BaseUrl, CaPath, Egress, Host, Networks, Origins
 from proxy.config.keys import KeyFile, KeyPath, KeySource
 from proxy.config.values import (
     FROZEN,
@@ -84,7 +84,7 @@ class Timeouts(Part):
     """How long an upstream may take."""
 
     connect: Duration = 5.0
-    """For TCP and TLS."""
+    """For the name, TCP, a forward proxy's tunnel and TLS."""
     first_byte: Duration = 600.0
     """From the request to the first byte of the answer."""
     idle: Duration = 60.0
@@ -119,8 +119,8 @@ class Upstream(Part):
     """Set on every request, replacing the client's."""
     ca_file: CaPath | None = None
     """Certificates (PEM) to trust instead of the system's."""
-    egress: Text | None = None
-    """http://host:port of a forward proxy."""
+    egress: Egress | None = None
+    """http://host:port of a forward proxy: CONNECT for https, the absolute form for http."""
     max_streams: Count | None = None
     """Requests in progress; a full upstream is not available."""
     timeouts: Timeouts = Timeouts()
@@ -141,6 +141,7 @@ class Upstream(Part):
         if not self.base_url.startswith("https://"):
             return None
         context = ssl.create_default_context(cafile=self.ca_file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # whatever the system's default (RFC 8996)
         context.set_alpn_protocols(["http/1.1"])
         return context
 

@@ -124,6 +124,26 @@ def test_base_url(config, text, expected):
     assert config(upstream(base_url=text)).upstreams["a"].base_url == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://proxy.example:3128", "http://proxy.example:3128"),
+        ("HTTP://Proxy.Example:3128/", "http://proxy.example:3128"),
+        ('"http://[fd00::1]:3128"', "http://[fd00::1]:3128"),
+        ("null", None),
+    ],
+)
+def test_egress(config, text, expected):
+    assert config(upstream(egress=text)).upstreams["a"].egress == expected
+
+
+def test_tls_is_verified_and_not_old(config):
+    assert config(upstream()).upstreams["a"].tls() is None
+    context = config(upstream(base_url="https://a")).upstreams["a"].tls()
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+
+
 def test_values_are_what_they_mean(config):
     found = config(
         MINIMAL + "drain_timeout: 1.5\n"
@@ -254,7 +274,7 @@ def test_keys_are_not_expanded(problems):
 
 # What is wrong: `(text, beginning of each line)` -----------------------------------------------
 
-ALLOWED_UPSTREAM = "api_key, api_key_file, auth, base_url, ca_file, headers, timeouts"
+ALLOWED_UPSTREAM = "api_key, api_key_file, auth, base_url, ca_file, egress, headers, timeouts"
 YAML_TROUBLE = [
     ("", ["1: is empty"]),
     ("# nothing\n", ["1: is empty"]),
@@ -281,6 +301,8 @@ YAML_TROUBLE = [
     (MINIMAL + "log: !!timestamp 5\n", ["2: log: is no value to YAML"]),
     (MINIMAL + "max_body: !!int x\n", ["2: max_body: is no value to YAML"]),
     (MINIMAL + "max_body: !!float x\n", ["2: max_body: is no value to YAML"]),
+    (MINIMAL + "max_body: !!int ''\n", ["2: max_body: is no value to YAML"]),
+    (MINIMAL + "max_body: !!float ''\n", ["2: max_body: is no value to YAML"]),
     (MINIMAL + "log: 2001-02-31\n", ["2: log: is no value to YAML"]),
     (MINIMAL + "log: &l {level: *l}\n", [" is nested too deeply, or an anchor is used inside"]),
     (MINIMAL + "routes: &r [*r]\n", [" is nested too deeply, or an anchor is used inside"]),
@@ -332,8 +354,13 @@ TYPE_TROUBLE = [
     (MINIMAL + "drain_timeout: -1\n", ["2: drain_timeout: must be a duration"]),
     (MINIMAL + "drain_timeout: .inf\n", ["2: drain_timeout: must be a duration"]),
     (MINIMAL + "drain_timeout: .nan\n", ["2: drain_timeout: must be a duration"]),
-    (MINIMAL + f"drain_timeout: {'9' * 400}\n", ["2: drain_timeout: must be a duration"]),
-    (MINIMAL + f"drain_timeout: {'9' * 5000}\n", ["2: drain_timeout: is no value to YAML"]),
+    (MINIMAL + "drain_timeout: 1.0e+999999\n", ["2: drain_timeout: must be a duration"]),
+    (MINIMAL + "drain_timeout: 1e999999\n", ["2: drain_timeout: must be a duration"]),
+    (MINIMAL + f"drain_timeout: {'9' * 100}\n", ["2: drain_timeout: must be a duration"]),
+    (MINIMAL + f"drain_timeout: {'9' * 101}\n", ["2: drain_timeout: is no value to YAML"]),
+    (MINIMAL + f"drain_timeout: 1{':1' * 200}.5\n", ["2: drain_timeout: is no value to YAML"]),
+    (MINIMAL + "max_body: .nan\n", ["2: max_body: must be a size"]),
+    (MINIMAL + "listen: {port: .inf}\n", ["2: listen.port: must be a whole number"]),
     (MINIMAL + "drain_timeout: 5 minutes\n", ["2: drain_timeout: must be a duration up to 10 years: seconds, or like"]),
     (MINIMAL + "drain_notice: null\n", ["2: drain_notice: is empty, and must be a duration"]),
     (MINIMAL + "drain_notice: on\n", ["2: drain_notice: must be a duration"]),
@@ -365,6 +392,7 @@ UPSTREAM_TROUBLE = [
             *("http://a:", "http://a:0", "http://a:65536", "http://a:b", "http://[::1"),
             *("http://[::1]x:80", "http://a%2fb", "http://a\\b", "http://a/\\b", "http://a b"),
             *("http://a/b c", "http://bücher.example", "http://a/ü"),
+            *("http://a..b", "http://.a", "http://a.", f"http://{'a' * 64}"),
         ]
     ),
     (upstream(base_url="'http://[::1::]'"), ["3: upstreams.a.base_url: must be a host name, or an IP"]),
@@ -394,12 +422,24 @@ UPSTREAM_TROUBLE = [
     (upstream(headers=f'{{X-A: "{CANARY}\\r\\nX: y"}}'), ["4: upstreams.a.headers.X-A: must not have control"]),
     (upstream(headers=f"{{X-A: {CANARY}é}}"), ["4: upstreams.a.headers.X-A: must be printable ASCII"]),
     (upstream(headers=f"{{X-A: [{CANARY}]}}"), ["4: upstreams.a.headers.X-A: must be text"]),
-    (upstream(ca_file="''"), ["4: upstreams.a.ca_file: cannot be read: Is a directory"]),
+    *(
+        (upstream(egress=f"'{url}'"), ["4: upstreams.a.egress: must be http://host:port of a forward proxy"])
+        for url in [
+            *("p.example:3128", "https://p:3128", "socks5://p:1080", "http://p", "http://p:", "http://:1"),
+            *("http://p:0", "http://p:65536", f"http://u:{CANARY}@p:1", "http://p:1/x", "http://p:1?x"),
+            *("http://p:1#x", "http://p q:1", "http://p:1//", "http://[::1", "http://a..b:1", "demo://"),
+        ]
+    ),
+    (upstream(egress="'http://[::1::]:1'"), ["4: upstreams.a.egress: must be a host name, or an IP"]),
+    (upstream(egress="3128"), ["4: upstreams.a.egress: must be text: put it in quotes"]),
+    (upstream(base_url="demo://", egress="http://p:1"), ["4: upstreams.a.egress: would not be used: demo://"]),
+    (upstream(ca_file="''"), ["4: upstreams.a.ca_file: must be a regular file"]),
+    (upstream(ca_file="/dev/zero"), ["4: upstreams.a.ca_file: must be a regular file"]),
     (upstream(base_url="https://a", ca_file="/none/x.pem"), ["4: upstreams.a.ca_file: cannot be read: No such file"]),
-    (upstream(api_key_file="''"), ["4: upstreams.a.api_key_file: cannot be read: Is a directory"]),
+    (upstream(api_key_file="''"), ["4: upstreams.a.api_key_file: must be a regular file"]),
+    (upstream(api_key_file="/dev/zero"), ["4: upstreams.a.api_key_file: must be a regular file"]),
     (upstream(api_key_file="5"), ["4: upstreams.a.api_key_file: must be text"]),
     (upstream(api_key_file="/none/key"), ["4: upstreams.a.api_key_file: cannot be read: No such file"]),
-    (upstream(api_key_file="/"), ["4: upstreams.a.api_key_file: cannot be read: Is a directory"]),
     (upstream(timeouts="{connect: 0}"), ["4: upstreams.a.timeouts.connect: must be longer than 0"]),
     (upstream(timeouts="{idle: null}"), ["4: upstreams.a.timeouts.idle: is empty, and must be a duration"]),
 ]  # fmt: skip
@@ -439,7 +479,7 @@ COMBINED_TROUBLE = [
         "open: maybe\n"),
         [
             "2: upstreams.a.base_url: must be http(s)://",
-            "2: upstreams.a.api_key_file: cannot be read",
+            "2: upstreams.a.api_key_file: must be a regular file",
             "2: upstreams.a.tiemouts: is an unknown key: did you mean timeouts?",
             "3: upstreams.b: must be a mapping",
             "4: upstreams.c.api_key: would not be sent: auth is none",
@@ -455,7 +495,6 @@ COMBINED_TROUBLE = [
 ]  # fmt: skip
 NOT_YET = [
     (MINIMAL + "default_model: gpt-4o\n", ["2: default_model: is not available yet: leave it out"]),
-    (upstream(egress="http://p:1"), ["4: upstreams.a.egress: is not available yet"]),
     (upstream(max_streams="5"), ["4: upstreams.a.max_streams: is not available yet"]),
     (upstream(circuit="{failures: 5}"), ["4: upstreams.a.circuit: is not available yet: leave it"]),
     (upstream(circuit="{}"), ["4: upstreams.a.circuit: is not available yet"]),
@@ -518,13 +557,81 @@ def test_what_is_not_available_yet_is_checked_all_the_same(problems, text, expec
     [
         MINIMAL + "default_model: null\nclients: []\nlimits: {}\nstore: memory\n",
         MINIMAL + "store_failure: allow\nresume: null\n",
-        upstream(egress="null", max_streams="null"),
+        upstream(max_streams="null"),
         route(model="null", attempts="1", on_disconnect="cancel", heartbeat="0"),
         route(heartbeat="0s", attempts="'${ONE}'"),
     ],
 )
 def test_what_means_off_is_accepted_before_the_feature_is_there(config, text):
     config(text, {"ONE": "1"})
+
+
+# What would never end, or fill memory ------------------------------------------------------------
+
+
+def doubled(first, line):
+    """Lines that each use the one before twice: 2 to the 17th of them at the end."""
+    lines = [f"a0: &a0 {first}\n", *(line.format(n=n, m=n - 1) for n in range(1, 18))]
+    return MINIMAL + "".join(lines)
+
+
+HOLDS_TOO_MUCH = {
+    "billion laughs": doubled("[lol]", "a{n}: &a{n} [*a{m}, *a{m}]\n"),
+    "of mappings": doubled("{x: lol}", "a{n}: &a{n} {{x: *a{m}, y: *a{m}}}\n"),
+    "of merges": doubled("{x: lol}", "a{n}: &a{n} {{<<: [*a{m}, *a{m}]}}\n"),
+    "a large mapping merged often": MINIMAL + "a: &a {" + ", ".join(f"k{n}: 1" for n in range(300)) + "}\n"
+    + f"b: {{<<: [{'*a, ' * 300}]}}\n",
+    "an empty mapping merged often": MINIMAL + "a: &a {}\n" + f"b: &b {{<<: [{'*a, ' * 300}]}}\n"
+    + f"c: {{<<: [{'*b, ' * 300}]}}\n",
+    "many values": MINIMAL + "routes: [" + "a," * 100_000,  # refused long before it is seen to be open
+    "a large scalar": "upstreams: {a: {base_url: http://" + "a" * 2**20 + "}}\n",
+    "a large comment": MINIMAL + "#" * 2**20,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOLDS_TOO_MUCH.values(), ids=HOLDS_TOO_MUCH)
+def test_what_holds_too_much_is_refused(problems, text):
+    (line,) = problems(text)
+    assert line.startswith(" holds too much: a config has at most 1 MiB, and some ten thousand")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MINIMAL + "a: &a {<<: *a}\n",
+        MINIMAL + "a: &a [*a]\n",
+        MINIMAL + "a: " + "{a: " * 100_000,
+        MINIMAL + "? " * 100_000,
+        MINIMAL + "".join(f"{' ' * depth}a:\n" for depth in range(1000)),
+    ],
+)
+def test_what_is_nested_too_deeply_is_refused(problems, text):
+    (line,) = problems(text)
+    assert line.startswith(" is nested too deeply, or an anchor is used inside what it names")
+
+
+def test_a_large_config_is_none_of_those(config):
+    clients = "".join(f"    u{n}: {{base_url: http://a, auth: none}}\n" for n in range(2000))
+    assert len(config(f"upstreams:\n{clients}").upstreams) == 2000
+
+
+def test_problems_are_bounded_in_number_and_length(problems):
+    deep = "".join("{" + "k" * 100 + ": " for _ in range(100))
+    found = problems(MINIMAL + f"x: {deep}[" + "'${', " * 5000 + "]" + "}" * 100)
+    assert len(found) == 1000
+    assert max(map(len, found)) < 400
+    assert found[0].startswith("2: x.kkk")
+
+
+def test_what_is_broken_already_is_complained_of_once(problems):
+    # As often as it is used, and in a time that does not grow with the square of it.
+    found = problems(MINIMAL + f"x: &x '${{'\ncors: {{origins: [{'*x, ' * 900}]}}\n")
+    assert len(found) == 901
+
+
+def test_a_file_without_end_is_refused():
+    with pytest.raises(ConfigError, match="holds too much"):
+        load(Path("/dev/zero"), {})
 
 
 def test_files_that_cannot_be_read(tmp_path):

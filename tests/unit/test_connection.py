@@ -23,8 +23,8 @@ CLOSING = b"HTTP/1.1 200 OK\r\n\r\n"
 class Transport(asyncio.Transport):
     """Remembers what is asked of it; like a real one, it gives no bytes while it is paused."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **extra: object) -> None:
+        super().__init__(extra)
         self.written = b""
         self.aborted = False
         self.reading = True
@@ -128,16 +128,16 @@ class Reader:
         return self.endings[0].code if self.endings[0] else "whole"
 
 
-def opened() -> tuple[UpstreamConnection, Transport]:
-    connection, transport = UpstreamConnection("up"), Transport()
+def opened(**extra: object) -> tuple[UpstreamConnection, Transport]:
+    connection, transport = UpstreamConnection("up"), Transport(**extra)
     connection.connection_made(transport)
     return connection, transport
 
 
 def asked(
-    method: str = "POST", *, sent: bool = True, total: float | None = None
+    method: str = "POST", *, sent: bool = True, total: float | None = None, **extra: object
 ) -> tuple[UpstreamConnection, Transport]:
-    connection, transport = opened()
+    connection, transport = opened(**extra)
     ask(connection, method, sent=sent, total=total)
     return connection, transport
 
@@ -267,6 +267,56 @@ def test_a_body_until_close(loop: Loop) -> None:
     connection.eof_received()
     assert (b"".join(reader.got), reader.code) == (b"hello", "whole")
     assert (connection.state, transport.aborted) == (State.CLOSED, True)
+
+
+class Tls:
+    """What TLS still holds when the connection has ended, and then how that ended."""
+
+    def __init__(self, *held: bytes, end: Exception | None) -> None:
+        self._held = list(held)
+        self._end = end
+
+    def read(self, size: int) -> bytes:
+        if self._held:
+            return self._held.pop(0)
+        if self._end:
+            raise self._end
+        return b""
+
+
+@pytest.mark.parametrize("told", ["eof", "loss", "reset"])
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (None, "whole"),
+        (ssl.SSLZeroReturnError(), "whole"),  # the same, once our own alert has gone out
+        (ssl.SSLWantReadError(), "upstream_aborted"),
+        (ssl.SSLEOFError(), "upstream_aborted"),
+    ],
+)
+def test_a_body_until_close_ends_by_close_notify(
+    loop: Loop, told: str, end: Exception | None, code: str
+) -> None:
+    """However the event loop tells of the end: RFC 9112 9.8."""
+    connection, _ = asked(ssl_object=Tls(b"l", b"o", end=end))
+    connection.data_received(CLOSING + b"hel")
+    reader = Reader()
+    connection.deliver_to(reader)
+    if told == "eof":
+        connection.eof_received()
+    connection.connection_lost(ConnectionResetError() if told == "reset" else None)
+    assert (b"".join(reader.got), reader.code) == (b"hello", code)
+
+
+def test_what_tls_holds_completes_a_body_that_states_its_length(loop: Loop) -> None:
+    connection, _ = asked(ssl_object=Tls(b"lo", b"surplus", end=ssl.SSLWantReadError()))
+    connection.data_received(SIZED + b"hel")
+    reader = Reader()
+    connection.deliver_to(reader)
+    connection.pause()
+    connection.connection_lost(None)
+    assert (b"".join(reader.got), reader.code) == (b"hello", "whole")
+    assert connection.state is State.CLOSED
 
 
 # When a connection is not used again ----------------------------------------------------------
@@ -782,6 +832,8 @@ def tls_error(reason: str) -> ssl.SSLError:
         (OSError(errno.ENOTCONN, "secret"), "ENOTCONN"),
         (socket.gaierror(socket.EAI_NONAME, "secret"), "its name could not be resolved"),
         (tls_error("WRONG_VERSION_NUMBER"), "TLS failed: is https right for it?"),
+        (ConnectionResetError(), "it closed the connection during the TLS handshake"),
+        (OSError("Multiple exceptions: secret"), "none of its addresses answered"),
     ],
 )
 async def test_what_is_said_of_failures(
@@ -797,6 +849,19 @@ async def test_what_is_said_of_failures(
     assert words in caught.value.message
     assert "internal.example" not in caught.value.message
     assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("host", "egress", "authority", "place"),
+    [
+        ("up.example", None, "up.example:443", "up.example:443"),
+        ("::1", None, "[::1]:443", "[::1]:443"),
+        ("up.example", "p:3128", "up.example:443", "up.example:443 through p:3128"),
+    ],
+)
+def test_how_an_origin_is_named(host: str, egress: str | None, authority: str, place: str) -> None:
+    origin = Origin(host, 443, None, "up", Resolver(host, 443), egress)
+    assert (origin.authority, origin.place) == (authority, place)
 
 
 async def test_connecting_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -841,8 +906,7 @@ async def test_the_next_address_is_tried_when_one_is_dead(monkeypatch: pytest.Mo
 
         monkeypatch.setattr(Resolver, "addresses", both)
         connection = await connect(origin("up.example", 80), 5)
-    assert connection.transport is not None
-    assert connection.transport.get_extra_info("peername") == alive
+    assert connection.peer == alive
     connection.abort()
     await asyncio.sleep(0.01)
     server.close()

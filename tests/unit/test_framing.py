@@ -180,6 +180,13 @@ def test_the_answer_to_head_ends_with_its_head(name: str) -> None:
         assert (found.payload, found.done, found.surplus) == (b"", True, False)
 
 
+def test_a_head_of_too_many_fields_is_refused() -> None:
+    start = b"HTTP/1.1 200 OK\r\n"
+    assert len(parse_head(start + b"A: 1\r\n" * 256 + b"\r\n").headers) == 256
+    with pytest.raises(FramingError):
+        parse_head(start + b"A: 1\r\n" * 257 + b"\r\n")
+
+
 def test_a_body_after_head_is_surplus() -> None:
     found = read([SIZED + b"hello"], "HEAD")
     assert (found.payload, found.surplus) == (b"", True)

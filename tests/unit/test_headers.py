@@ -46,8 +46,14 @@ def up(
     return between
 
 
-def down(*upstream: Header, stream: bool = False) -> list[Header]:
-    return response_headers(upstream, stream=stream)
+def down(*upstream: Header, status: int = 200, stream: bool = False) -> list[Header]:
+    return response_headers(upstream, status=status, stream=stream)
+
+
+def test_no_content_has_no_length() -> None:
+    length = (b"content-length", b"6")
+    assert down(length, status=204) == []
+    assert down(length, status=304) == [length]
 
 
 # Hop by hop ---------------------------------------------------------------------------------

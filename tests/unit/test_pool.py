@@ -10,14 +10,15 @@ from typing import cast
 import pytest
 
 from proxy.connection import State, UpstreamConnection
-from proxy.pool import KEEP_IDLE, MAX_IDLE, Pool
+from proxy.pool import KEEP_IDLE, LOOKUP_HOLDS, MAX_IDLE, Pool
+from proxy.resolver import Resolver
 
 
 class Transport(asyncio.Transport):
     """Of a real socket, but nobody reads it: so a test decides what waits in there."""
 
-    def __init__(self, ours: socket.socket) -> None:
-        super().__init__({"socket": ours})
+    def __init__(self, ours: socket.socket, peer: tuple[str, int]) -> None:
+        super().__init__({"socket": ours, "peername": peer})
         self.aborted = False
 
     def abort(self) -> None:
@@ -25,9 +26,10 @@ class Transport(asyncio.Transport):
 
 
 class Origin:
-    """Makes connections over socket pairs; `far` are the upstream's ends."""
+    """Makes connections over socket pairs; `far` are the upstream's ends. `peer` is its address."""
 
     def __init__(self) -> None:
+        self.peer = ("192.0.2.1", 80)
         self.made: list[UpstreamConnection] = []
         self.far: list[socket.socket] = []
         self._near: list[socket.socket] = []
@@ -35,7 +37,7 @@ class Origin:
     async def connect(self) -> UpstreamConnection:
         near, far = socket.socketpair()
         connection = UpstreamConnection("up")
-        connection.connection_made(Transport(near))
+        connection.connection_made(Transport(near, self.peer))
         self.made.append(connection)
         self.far.append(far)
         self._near.append(near)
@@ -185,3 +187,49 @@ async def test_connecting_may_fail() -> None:
 
     with pytest.raises(OSError, match="no"):
         await Pool(fails).acquire()
+
+
+class Name(Resolver):
+    """A name that leads where `origin` is now; connecting looks it up."""
+
+    def __init__(self, origin: Origin) -> None:
+        super().__init__("up.example", 80)
+        self._origin = origin
+
+    async def connect(self) -> UpstreamConnection:
+        self._told_at = asyncio.get_running_loop().time()
+        self._newest = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", self._origin.peer)]
+        return await self._origin.connect()
+
+
+async def test_a_name_that_moves_is_followed_however_busy_its_connections_are(
+    origin: Origin, now: Now
+) -> None:
+    name = Name(origin)
+    pool = Pool(name.connect, name)
+    first = await pool.acquire()
+    origin.peer = ("192.0.2.2", 80)
+    for _ in range(int(LOOKUP_HOLDS) - 1):
+        now.now += 1
+        pool.release(first)
+        assert await pool.acquire() is first
+    pool.release(first)
+    now.now += 1
+    second = await pool.acquire()
+    assert second.peer == origin.peer
+    third = await pool.acquire()
+    assert third.peer == origin.peer  # what is idle still is passed over, and closed
+    assert aborted(first)
+
+
+async def test_a_name_that_stays_keeps_its_connections(origin: Origin, now: Now) -> None:
+    name = Name(origin)
+    pool = Pool(name.connect, name)
+    first, second = await pool.acquire(), await pool.acquire()
+    now.now += 1000  # two long answers
+    pool.release(first)
+    pool.release(second)
+    third = await pool.acquire()  # asks anew
+    assert third not in {first, second}
+    assert {await pool.acquire(), await pool.acquire()} == {first, second}
+    assert not any(map(aborted, origin.made))

@@ -77,3 +77,40 @@ async def test_an_answer_holds_for_a_while_only(
     monkeypatch.setattr("proxy.resolver._KEEP", 0.0)
     await resolver.addresses()
     assert len(names.asked) == 2
+
+
+async def test_what_the_newest_answer_says(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = Resolver("up.example", 80)
+    assert not resolver.leads_to(("192.0.2.1", 80))
+    names.let.set()
+    await resolver.addresses()
+    assert resolver.leads_to(("192.0.2.1", 80))
+    assert not resolver.leads_to(("192.0.2.2", 80))
+    monkeypatch.setattr("proxy.resolver._KEEP", 0.0)
+    names.answer = socket.gaierror(socket.EAI_AGAIN, "try again")
+    with pytest.raises(socket.gaierror):
+        await resolver.addresses()
+    assert resolver.leads_to(("192.0.2.1", 80))  # for all we know
+    names.answer = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 80, 0, 0))]
+    await resolver.addresses()
+    assert not resolver.leads_to(("192.0.2.1", 80))
+    assert resolver.leads_to(("2001:db8::1", 80, 0, 0))
+
+
+async def test_a_lookup_is_stale_after_a_while_unless_another_is_under_way(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = asyncio.get_running_loop().time()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    resolver = Resolver("up.example", 80)
+    assert resolver.is_stale(25)
+    asking = asyncio.create_task(resolver.addresses())
+    await asyncio.sleep(0)
+    assert not resolver.is_stale(25)
+    names.answer = socket.gaierror(socket.EAI_AGAIN, "try again")
+    names.let.set()
+    with pytest.raises(socket.gaierror):
+        await asking
+    assert not resolver.is_stale(25)  # asking at once again would not help
+    now += 25
+    assert resolver.is_stale(25)

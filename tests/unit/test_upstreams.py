@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from proxy import config
 from proxy.connection import UpstreamConnection
+from proxy.errors import ProxyError
 from proxy.framing import Header
 from proxy.upstreams import Upstream, build
 
@@ -35,6 +37,58 @@ def upstream(base_url: str = "https://up.example/v1", **settings: Any) -> Upstre
 def test_where_its_requests_go(base_url: str, host: bytes, prefix: bytes) -> None:
     up = upstream(base_url)
     assert (up.rules.host, up.prefix) == (host, prefix)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "prefix"),
+    [
+        ("https://up.example/v1", b"/v1"),
+        ("http://up.example/v1/", b"http://up.example/v1"),
+        ("http://up.example:8080", b"http://up.example:8080"),
+        ("http://[::1]:11434/v1", b"http://[::1]:11434/v1"),
+    ],
+)
+def test_a_forward_proxy_is_told_the_whole_url_but_in_a_tunnel(
+    base_url: str, prefix: bytes
+) -> None:
+    up = upstream(base_url, egress="http://proxy.example:3128")
+    assert up.prefix == prefix
+    assert up.rules.host == upstream(base_url).rules.host
+
+
+@pytest.mark.parametrize(
+    ("base_url", "egress", "looked_up", "place"),
+    [
+        ("http://up.example", None, ("up.example", 80), "up.example:80"),
+        ("https://up.example:8443", None, ("up.example", 8443), "up.example:8443"),
+        (
+            "https://up.example",
+            "http://p.example:3128",
+            ("p.example", 3128),
+            "up.example:443 through p.example:3128",
+        ),
+    ],
+)
+async def test_where_its_connections_go(
+    monkeypatch: pytest.MonkeyPatch,
+    base_url: str,
+    egress: str | None,
+    looked_up: tuple[str, int],
+    place: str,
+) -> None:
+    asked = []
+
+    def look_up(host: str, port: int, **_: object) -> Any:
+        asked.append((host, port))
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    settings = config.Upstream.model_validate({"base_url": base_url, "egress": egress})
+    up = build({"up": settings}, lambda: nowhere)["up"]
+    with pytest.raises(ProxyError) as caught:
+        await up.pool.acquire()
+    assert asked == [looked_up]
+    assert caught.value.detail == f"{place}: [Errno -2] unknown"
 
 
 @pytest.mark.parametrize(
