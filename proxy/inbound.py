@@ -129,8 +129,8 @@ async def read_ask(request: web.BaseRequest, bounds: Bounds) -> Ask:
 
 def _check_declared(request: web.BaseRequest, bounds: Bounds) -> None:
     """Refuses by the head alone what would be refused later, so that the body need not be sent."""
-    expectation = request.headers.get("Expect")
-    if expectation is not None and expectation.lower() != "100-continue":
+    expectations = [each.lower() for each in request.headers.getall("Expect", [])]
+    if expectations and expectations != ["100-continue"]:
         raise ProxyError(
             "expectation_failed", "The only expectation that is met is 100-continue.", close=True
         )
