@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -80,12 +81,14 @@ class App:
         self.draining = False  # /readyz says so
         self.refusing = False  # and new work is refused
 
-    def server(self, *, admin: bool = False) -> Server:
-        """A protocol factory for a listening socket: the main one's, or the admin port's."""
+    def server(self, *, admin: bool = False, most: float = math.inf) -> Server:
+        """A protocol factory for a listening socket: the main one's, or the admin port's; it takes
+        `most` connections at a time."""
         return Server(
             self._handle_admin if admin else self._handle,
             timeouts=lambda: _client_timeouts(self._setup.config),
             refuse=self._refuse,
+            most=most,
         )
 
     def reload(self, config: Config) -> None:

@@ -108,7 +108,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
         self._held = False  # reading stands still, as nobody receives yet,
-        self._paused = False  # or as the receiver does not keep up
+        self._paused = False  # or as the receiver does not keep up,
+        self._behind = False  # or as what was read comes in too many chunks for one turn
+        self._stands = False
         self._silence = Clock(self._loop, self._fell_silent)
         self._total = Clock(self._loop, self._took_too_long)
         self._first_byte_timeout = self._idle_timeout = 0.0
@@ -185,12 +187,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._regulate(held=self._held, paused=False)
 
     def _regulate(self, *, held: bool, paused: bool) -> None:
-        """Reads only while there is neither reason not to."""
-        stood, stands = self._held or self._paused, held or paused
+        """Reads only while there is no reason not to."""
         self._held, self._paused = held, paused
-        if self.transport is None or stood == stands:
+        stood, self._stands = self._stands, held or paused or self._behind
+        if self.transport is None or stood == self._stands:
             return
-        if stands:
+        if self._stands:
             self._silence.stop()
             self.transport.pause_reading()
         else:
@@ -236,8 +238,19 @@ class UpstreamConnection(asyncio.Protocol):
                 self._receiver.payload(payload)
             else:
                 self._hold(payload)
-        if body.done and self.state is State.BODY:  # the receiver may have closed it meanwhile
+        if self.state is not State.BODY:
+            return  # the receiver has closed it
+        if body.behind or self._behind:
+            self._behind = body.behind
+            self._regulate(held=self._held, paused=self._paused)
+        if body.behind:
+            self._loop.call_soon(self._catch_up, body)
+        elif body.done:
             self._complete(body)
+
+    def _catch_up(self, body: Body) -> None:
+        if self._body is body:
+            self.data_received(b"")
 
     def eof_received(self) -> bool:
         self._lost(cleanly=self._tls is None or self._ends_by_close_notify(self._tls))

@@ -14,6 +14,7 @@ aiohttp runs one handler for each request and keeps connections alive. Four thin
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 import sys
@@ -48,6 +49,7 @@ Refuse = Callable[[ProxyError], web.Response]
 _MAX_AHEAD = 64 * 1024  # bytes of pipelined requests that wait to be read
 _LINGER = 5.0  # seconds in which what a refused client still sends is read and dropped
 
+_MAX_UNSENT = 128 * 1024  # bytes that the kernel takes for a client beyond what is on its way
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
@@ -151,7 +153,7 @@ class ClientConnection(web.RequestHandler):
         if self._waits_since is None or taken != self._taken:
             self._taken, self._waits_since = taken, now
         elif now - self._waits_since > self._timeouts.write:
-            self._out.abort()
+            _reset(self._out)
 
     # How requests come.
 
@@ -159,6 +161,10 @@ class ClientConnection(web.RequestHandler):
         super().connection_made(transport)
         self._out = self.transport
         self._head_since = self._loop.time()
+        if self._out is not None:
+            _bound_unsent(self._out)
+            if cast(Server, self._manager).is_full:
+                self._out.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._out = None
@@ -212,6 +218,8 @@ class ClientConnection(web.RequestHandler):
             return b""
         if piece:
             self._payload.feed(piece)
+        if body.behind:
+            self._loop.call_soon(self.data_received, b"")
         if not body.done:
             return b""
         self._body = None
@@ -230,7 +238,8 @@ class ClientConnection(web.RequestHandler):
 
     def _regulate(self) -> None:
         """Reads from the client only while little of what it sent waits."""
-        hold = self._payload.is_full or len(self._ahead) > _MAX_AHEAD
+        behind = self._body is not None and self._body.behind
+        hold = behind or self._payload.is_full or len(self._ahead) > _MAX_AHEAD
         if hold != self._held and self._out is not None and not self._out.is_closing():
             self._held = hold
             (self._out.pause_reading if hold else self._out.resume_reading)()
@@ -252,6 +261,14 @@ class ClientConnection(web.RequestHandler):
                 self._refuse_rest(ProxyError("request_timeout", message, close=True))
             else:
                 self.force_close()
+
+    def _process_keepalive(self) -> None:
+        """aiohttp's end of an idle connection; where a head is awaited, `check_head` decides."""
+        self._await_head()
+        if self._head_since is None:
+            super()._process_keepalive()
+        else:
+            self._keepalive_handle = None
 
     def handle_error(
         self,
@@ -310,6 +327,23 @@ def _taken(transport: asyncio.Transport) -> int:
     return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
 
 
+def _bound_unsent(transport: asyncio.Transport) -> None:
+    """Lets the kernel take little beyond what is on its way. Linux would take megabytes for a client
+    that reads nothing, and as much would be read from each one's upstream before it is held back."""
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    connection = transport.get_extra_info("socket")
+    if option is not None and connection is not None:
+        connection.setsockopt(socket.IPPROTO_TCP, option, _MAX_UNSENT)
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Ends a connection with a reset. After a mere close the kernel would go on offering what was
+    written, up to megabytes, to a client that takes nothing."""
+    connection = transport.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    transport.abort()
+
+
 def _head_bytes(status: int, reason: bytes, fields: Iterable[Header]) -> bytes:
     lines = [b"HTTP/1.1 %d %b" % (status, reason)]
     lines += [name + b": " + value for name, value in fields]
@@ -318,15 +352,21 @@ def _head_bytes(status: int, reason: bytes, fields: Iterable[Header]) -> bytes:
 
 class Server(web.Server):
     """aiohttp's server of plain handlers, with our connections. `timeouts` is asked for each new
-    connection, so that a reload holds for it.
+    connection, so that a reload holds for it. More than `most` connections are not taken.
     """
 
     def __init__(
-        self, handler: Handler, *, timeouts: Callable[[], Timeouts], refuse: Refuse
+        self,
+        handler: Handler,
+        *,
+        timeouts: Callable[[], Timeouts],
+        refuse: Refuse,
+        most: float = math.inf,
     ) -> None:
         super().__init__(handler, request_factory=_begin_request, handler_cancellation=True)
         self._timeouts = timeouts
         self._refuse = refuse
+        self._most = most
 
     def __call__(self) -> ClientConnection:
         timeouts = self._timeouts()
@@ -346,6 +386,11 @@ class Server(web.Server):
         for connection in self._clients:
             connection.check_head(now)
             connection.check_reader(now)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are more connections than can be served."""
+        return len(self._connections) > self._most
 
     @property
     def owes(self) -> bool:
@@ -454,9 +499,7 @@ class Sink(web.StreamResponse):
         self.flush()
         self._keep_alive = False
         if self._until_close:
-            linger = self._out.get_extra_info("socket")
-            linger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-            self._out.abort()
+            _reset(self._out)
         else:
             self._out.close()
 

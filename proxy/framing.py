@@ -27,6 +27,7 @@ MAX_HEAD = 64 * 1024  # bytes of all heads of one response, the interim (1xx) on
 _MAX_FIELDS = 256
 _MAX_CHUNK_LINE = 1024  # a chunk's size and its extensions
 _MAX_TRAILERS = 16 * 1024
+_AT_ONCE = 500  # chunks
 
 Header = tuple[bytes, bytes]  # name as it was spelled, value without the white space around it
 
@@ -149,6 +150,7 @@ def read_fields(block: bytes, start: int) -> tuple[Header, ...] | None:
 class NoBody:
     """Nothing follows the head."""
 
+    behind = False
     done = True
     reusable = True
 
@@ -166,6 +168,7 @@ class NoBody:
 class Sized:
     """Exactly `length` bytes."""
 
+    behind = False
     reusable = True
 
     def __init__(self, length: int) -> None:
@@ -191,6 +194,7 @@ class Sized:
 class UntilClose:
     """Everything until the upstream closes: its end can't be told from a cut."""
 
+    behind = False
     reusable = False
     surplus = b""
 
@@ -214,12 +218,17 @@ def _chunk_size(line: bytes) -> int:
 
 
 class Chunked:
-    """Chunks until one of size zero and its trailers, which are dropped (RFC 9112 7.1)."""
+    """Chunks until one of size zero and its trailers, which are dropped (RFC 9112 7.1).
+
+    One read of 256 KB can hold 40,000 chunks and take as long as 200 requests. So after some the
+    body is `behind`: it is to be fed again, with nothing, when others have had their turn.
+    """
 
     reusable = True
 
     def __init__(self) -> None:
         self.done = False
+        self.behind = False
         self.surplus = b""
         self._left = 0  # bytes that the current chunk still lacks
         self._between = b""  # an unfinished line between two chunks' data
@@ -230,6 +239,7 @@ class Chunked:
         if self.done:
             self.surplus = data
             return b""
+        self.behind = False
         if self._between:
             data, self._between = self._between + data, b""
         parts: list[bytes] = []
@@ -252,6 +262,9 @@ class Chunked:
                     raise FramingError("a chunk is longer than its size says")
             elif self._trailers is not None:
                 at = self._read_trailers(data, at)
+                break
+            elif len(parts) >= _AT_ONCE:
+                self._between, self.behind = data[at:], True
                 break
             else:
                 line_end = data.find(b"\r\n", at, at + _MAX_CHUNK_LINE)

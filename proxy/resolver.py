@@ -35,8 +35,9 @@ class Resolver:
         loop = asyncio.get_running_loop()
         lookup = self._lookup
         if lookup is None or (lookup.done() and (lookup.exception() or self.is_stale(_KEEP))):
-            lookup = self._lookup = loop.create_future()
+            lookup = loop.create_future()
             threading.Thread(target=self._look_up, args=(loop, lookup), daemon=True).start()
+            self._lookup = lookup  # now that somebody will answer it
         return await asyncio.shield(lookup)
 
     def is_stale(self, after: float) -> bool:

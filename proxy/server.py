@@ -13,11 +13,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
 from proxy import logs
 from proxy.app import App
@@ -28,6 +34,8 @@ from proxy.errors import ProxyError
 log = logging.getLogger("sluice.server")
 
 _BACKLOG = 4096
+_OWN_DESCRIPTORS = 32  # of the loop, the listening sockets, the log, lookups of names
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LAST_WORDS = 0.2  # seconds that interrupted answers get to say so
 _SWEEP = 1.0  # seconds between two looks at slow heads
 _POLL = 0.05  # seconds between two looks at whether a drain is over
@@ -47,7 +55,7 @@ class Process:
         self._config = config
         self._load = load
         self._app = App(config)
-        self._main = self._app.server()
+        self._main = self._app.server(most=_most_clients())
         self._admin = self._app.server(admin=True)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -61,6 +69,7 @@ class Process:
             if admin.port is not None:
                 listening.append(await _listen(self._admin, admin.host, admin.port))
             self._heed_signals()
+            asyncio.get_running_loop().set_exception_handler(_LoopTrouble())
             _announce(self._config, main)
             await self._watched(self._until_drained(main))
         finally:
@@ -163,6 +172,35 @@ class Process:
             self._main.sweep()
             self._admin.sweep()
             self._app.sweep()
+
+
+def _most_clients() -> float:
+    """How many clients may be connected at a time, with as many descriptors as this process may have:
+    so many that each one's upstream connection finds one too. Else a flood of idle connections would
+    fail the requests of all others."""
+    if resource is None:
+        return math.inf
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems take less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return math.inf if soft == resource.RLIM_INFINITY else (soft - _OWN_DESCRIPTORS) // 2
+
+
+class _LoopTrouble:
+    """Logs what the loop reports. That it can't accept, asyncio's says again and again, for each of
+    up to `_BACKLOG` connections and every second: once a minute will do."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _OUT_OF_RESOURCES:
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._quiet_until:
+            self._quiet_until = loop.time() + 60
+            log.error("not_accepting", extra={"fields": {"problem": error.strerror}})
 
 
 async def _listen(server: Server, host: str, port: int) -> asyncio.Server:

@@ -396,6 +396,7 @@ async def test_a_reader_that_takes_nothing_is_let_go(
     assert talk.connection.owes
     talk.connection.check_reader(121.0)
     assert talk.client.ended == "abort"
+    assert talk.client.linger.options[-1][1] == socket.SO_LINGER  # else the kernel keeps offering
 
 
 async def test_a_reader_that_takes_little_is_not(
@@ -620,6 +621,45 @@ async def test_bodies_are_not_inflated(serve: Serve) -> None:
     talk = await serve(seen)
     said = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b!!"
     assert (await talk.says(said)).endswith(b"</ \x1f\x8b!!>")
+
+
+async def test_a_body_in_crumbs_is_read_in_turns(serve: Serve) -> None:
+    talk = await serve(seen)
+    talk.connection.data_received(CHUNKED + b"1\r\nx\r\n" * 1200)
+    assert talk.client.held  # others have their turn first
+    await talk.says()
+    assert not talk.client.held
+    assert (await talk.says(b"0\r\n\r\n" + GET)).endswith(b"</x >")
+
+
+async def test_no_more_clients_than_can_be_served() -> None:
+    server = Server(ok, timeouts=lambda: Timeouts(10, 75, 120), refuse=refuse, most=1)
+    first, second = (server(), Transport()), (server(), Transport())
+    for connection, transport in (first, second):
+        connection.connection_made(transport)
+    assert (first[1].ended, second[1].ended) == (None, "abort")
+    second[0].connection_lost(None)
+    third = server(), Transport()
+    first[0].connection_lost(None)
+    await settle()
+    third[0].connection_made(third[1])
+    assert third[1].ended is None
+    third[0].connection_lost(None)
+    await server.shutdown(0)
+
+
+async def test_a_head_that_is_arriving_is_not_idle(serve: Serve, now: Now) -> None:
+    talk = await serve(ok)
+    await talk.says(GET)
+    now.now += 74
+    await talk.says(GET[:5])
+    now.now += 2
+    talk.connection._process_keepalive()
+    assert talk.client.ended is None
+    assert b"ok" in await talk.says(GET[5:])
+    now.now += 76
+    talk.connection._process_keepalive()
+    assert talk.client.ended == "close"
 
 
 def test_what_a_client_has_taken_is_what_its_tcp_acknowledged() -> None:

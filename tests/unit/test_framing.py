@@ -536,3 +536,22 @@ def test_a_mutated_answer_is_the_same_in_every_split(data: bytes, draw: st.DataO
     pieces = [piece for piece in (data[:at], data[at:]) if piece]
     assert outcome(pieces) == outcome([data])
     assert outcome([data[i : i + 1] for i in range(len(data))]) == outcome([data])
+
+
+def test_many_chunks_are_read_in_turns() -> None:
+    data = b"1\r\nx\r\n" * 1200 + b"0\r\n\r\nnext"
+    body, turns = Chunked(), []
+    turns.append(body.feed(data))
+    while body.behind:
+        assert not body.done
+        turns.append(body.feed(b""))
+    assert [len(turn) for turn in turns] == [500, 500, 200]
+    assert (body.done, body.surplus) == (True, b"next")
+
+
+def test_what_comes_while_a_body_is_behind_is_not_lost() -> None:
+    body = Chunked()
+    payload = body.feed(b"1\r\nx\r\n" * 600) + body.feed(b"1\r\ny\r\n" * 600)
+    while body.behind:
+        payload += body.feed(b"")
+    assert payload == b"x" * 600 + b"y" * 600

@@ -114,3 +114,18 @@ async def test_a_lookup_is_stale_after_a_while_unless_another_is_under_way(
     assert not resolver.is_stale(25)  # asking at once again would not help
     now += 25
     assert resolver.is_stale(25)
+
+
+async def test_a_lookup_that_cannot_be_started_holds_nobody_up(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    resolver = Resolver("up.example", 80)
+    with monkeypatch.context() as without_threads:
+        without_threads.setattr("threading.Thread.start", refuse)
+        with pytest.raises(RuntimeError):
+            await resolver.addresses()
+    names.let.set()
+    assert await resolver.addresses()

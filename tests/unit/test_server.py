@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import math
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 
 from proxy import config, logs
-from proxy.server import BindError, Process, _url
+from proxy.server import BindError, Process, _LoopTrouble, _most_clients, _url
 
 ASK = (
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: s\r\nContent-Type: application/json\r\n"
@@ -258,3 +261,41 @@ async def test_how_an_address_is_shown() -> None:
         with socket.socket(socket.AF_INET6) as six:
             six.bind(("::1", 0))
             assert _url(six) == f"http://[::1]:{six.getsockname()[1]}"
+
+
+def test_as_many_clients_as_there_are_descriptors_for_both_sides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 1032))
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: raised.append(limits))
+    assert _most_clients() == 500
+    assert raised == [(1032, 1032)]
+
+    def refuse(*_: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr("resource.setrlimit", refuse)
+    assert _most_clients() == 16
+    monkeypatch.setattr("resource.getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert _most_clients() == math.inf
+
+
+async def test_a_loop_that_cannot_accept_says_so_once_a_minute(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = story.lines
+    loop, trouble = asyncio.get_running_loop(), _LoopTrouble()
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now)
+    handled: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "default_exception_handler", handled.append)
+    for _ in range(100):
+        trouble(loop, {"exception": OSError(errno.EMFILE, "Too many open files")})
+    assert lines.of("not_accepting") == [{"problem": "Too many open files"}]
+    now += 61
+    trouble(loop, {"exception": OSError(errno.EMFILE, "Too many open files")})
+    assert len(lines.of("not_accepting")) == 2
+    trouble(loop, {"exception": OSError(errno.EPIPE, "Broken pipe")})
+    trouble(loop, {"message": "something else"})
+    assert len(handled) == 2
