@@ -110,6 +110,9 @@ class HeadReader:
                 return head, rest
             if head.status == 101:
                 raise FramingError("it switched protocols without being asked")
+            if head.values(b"content-length") or head.values(b"transfer-encoding"):
+                # RFC 9110 8.6, RFC 9112 6.1: whoever believes it takes the answer for its body.
+                raise FramingError("an interim response claims to have a body")
 
     def _check_unfinished(self) -> None:
         """Refuses at once what can't become a head, instead of waiting for a timeout."""

@@ -180,6 +180,12 @@ def test_the_answer_to_head_ends_with_its_head(name: str) -> None:
         assert (found.payload, found.done, found.surplus) == (b"", True, False)
 
 
+@pytest.mark.parametrize("field", [b"Content-Length: 0", b"Transfer-Encoding: chunked"])
+def test_an_interim_response_has_no_body(field: bytes) -> None:
+    with pytest.raises(FramingError):
+        HeadReader().feed(b"HTTP/1.1 103 Early Hints\r\n" + field + b"\r\n\r\n")
+
+
 def test_a_head_of_too_many_fields_is_refused() -> None:
     start = b"HTTP/1.1 200 OK\r\n"
     assert len(parse_head(start + b"A: 1\r\n" * 256 + b"\r\n").headers) == 256
