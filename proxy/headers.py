@@ -93,10 +93,10 @@ def request_headers(
     if identity:
         dropped = dropped | {b"accept-encoding"}
     outbound: list[Header] = [(b"Host", rules.host)]
-    for field in inbound:
-        name = field[0].lower()
+    for each in inbound:
+        name = each[0].lower()
         if name not in dropped and not name.startswith(_FORWARDED_PREFIX):
-            outbound.append(field)
+            outbound.append(each)
     outbound.extend(rules.fixed)
     if credential is not None:
         outbound.append(credential)
@@ -121,10 +121,10 @@ def response_headers(upstream: Iterable[Header], *, status: int, stream: bool) -
     if status == 204:
         dropped = dropped | {b"content-length"}
     outbound = []
-    for field in upstream:
-        name = field[0].lower()
+    for each in upstream:
+        name = each[0].lower()
         if name not in dropped and not name.startswith((_CORS_PREFIX, _OURS_PREFIX)):
-            outbound.append(field)
+            outbound.append(each)
     return outbound
 
 
