@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input
 PIP_LOCKED := $(PIP) --require-hashes --no-deps
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-deps check fmt breaks bench lock image clean
+.PHONY: help run test test-deps check fmt breaks fuzz bench lock image clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make check      lint, format and types'
 	@echo 'make fmt        format, and mend what the linter can'
 	@echo 'make breaks     break the relay in many ways; the tests must notice each'
+	@echo 'make fuzz       100,000 mutated requests, and as many answers; ARGS="--inputs 1000 --seed 2"'
 	@echo 'make bench      the benchmarks'
 	@echo 'make lock       compile the requirements files anew; ARGS="--upgrade" for newer ones'
 	@echo 'make image      build the container image sluice'
@@ -46,6 +47,10 @@ fmt: .venv/.dev
 
 breaks: .venv/.dev
 	@$(PY) -m tests.breaks $(ARGS)
+
+fuzz: .venv/.dev
+	@$(PY) -m tests.hostile.fuzz $(ARGS)
+	@$(PY) -m tests.hostile.fuzz_answers $(ARGS)
 
 # --bare: the goals are for a proxy with clients and limits, which are not available yet.
 bench: .venv/.dev

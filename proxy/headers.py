@@ -115,7 +115,8 @@ def response_headers(upstream: Iterable[Header], *, status: int, stream: bool) -
     on a 204 (RFC 9110 8.6), where a lax reader would take bytes of the next answer for it.
     """
     upstream = tuple(upstream)
-    dropped = HOP_BY_HOP | _nominated(upstream)
+    # Nominated or not: the sink writes the body that it announces.
+    dropped = HOP_BY_HOP | (_nominated(upstream) - {b"content-length"})
     if stream:
         dropped = dropped | _NOT_ON_STREAMS
     if status == 204:

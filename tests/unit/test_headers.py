@@ -56,6 +56,11 @@ def test_no_content_has_no_length() -> None:
     assert down(length, status=304) == [length]
 
 
+def test_a_length_cannot_be_nominated_away() -> None:
+    length = (b"Content-Length", b"6")
+    assert down((b"Connection", b"content-length, x"), length, (b"X", b"1")) == [length]
+
+
 # Hop by hop ---------------------------------------------------------------------------------
 
 HOPS = [

@@ -84,14 +84,18 @@ async def test_the_first_failure_counts_and_none_behind_the_end(payload: Payload
 
 
 async def test_it_is_full_until_it_is_taken() -> None:
-    taken: list[bool] = []
-    payload = Payload(lambda: taken.append(payload.is_full))
-    payload.feed(b"x" * MAX_UNREAD)
-    assert not payload.is_full
-    payload.feed(b"x")
-    assert payload.is_full
-    assert len(await payload.take()) == MAX_UNREAD + 1
-    assert taken == [False]
+    told: list[bool] = []
+
+    def taken() -> None:
+        told.append(filling.is_full)
+
+    filling = Payload(taken)
+    filling.feed(b"x" * MAX_UNREAD)
+    assert not filling.is_full
+    filling.feed(b"x")
+    assert filling.is_full
+    assert len(await filling.take()) == MAX_UNREAD + 1
+    assert told == [False]
 
 
 async def test_what_is_malformed_can_be_dropped(payload: Payload) -> None:
