@@ -46,7 +46,9 @@ def test_every_error_code_is_in_its_table() -> None:
 
 
 def test_the_threat_model_names_tests_that_exist() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/threat-model.md").read_text())
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/threat-model.md").read_text()
+    )
     assert len(named) > 20
     for file, test in named:
         assert (ROOT / file).exists(), file
