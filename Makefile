@@ -61,7 +61,7 @@ LOCK = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --gener
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 lock: .venv/.dev
 	$(PIP) uv
-	$(LOCK) pyproject.toml -o requirements.txt
+	$(LOCK) pyproject.toml --extra redis -o requirements.txt
 	$(LOCK) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	echo 'setuptools>=77' | $(LOCK) - -o requirements-build.txt
 

@@ -18,7 +18,9 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command == "schema":
         print(json.dumps(config.schema(), indent=2))
+        return 0
+
+    if arguments.command == "key":
+        _make_key(arguments.name)
         return 0
 
     def load(host: str | None) -> config.Config:
@@ -49,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     logs.configure(loaded.log.format, loaded.log.level)
     return _serve(loaded, load)
+
+
+def _make_key(name: str) -> None:
+    """Prints a new key, and what the config needs to know of it; the key itself is kept nowhere."""
+    key = f"sk-{secrets.token_urlsafe(32)}"
+    print(key)
+    print("clients:")
+    print(f"  - {{name: {name}, key_sha256: {sha256(key.encode()).hexdigest()}}}")
 
 
 def _serve(loaded: config.Config, load: server.Load) -> int:
@@ -81,13 +95,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="sluice", description="A streaming reverse proxy for chat completions."
     )
     parser.add_argument("--version", action="version", version=f"sluice {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{check,schema}")
+    commands = parser.add_subparsers(dest="command", metavar="{check,schema,key}")
     check = commands.add_parser("check", help="validate the config and print what holds")
     commands.add_parser("schema", help="print the JSON Schema of the config")
+    key = commands.add_parser("key", help="make a client's key, and its line for the config")
+    key.add_argument("name", metavar="NAME", type=_client_name, help="the client's")
     _add_options(parser, Path("config.yaml"), None)
     # Without defaults of its own, lest they overwrite what stood before the word `check`.
     _add_options(check, argparse.SUPPRESS, argparse.SUPPRESS)
     return parser
+
+
+def _client_name(value: str) -> str:
+    try:
+        return config.Client(name=value).name
+    except ValueError:
+        message = "must be 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _add_options(parser: argparse.ArgumentParser, config: Any, override: Any) -> None:

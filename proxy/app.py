@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from proxy import upstreams
+from proxy import store, upstreams
+from proxy.auth import Auth
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.cors import Cors, is_preflight
@@ -26,6 +27,7 @@ from proxy.exchange import Exchange, Outcome
 from proxy.forward import Forwarder
 from proxy.headers import client_address, request_id
 from proxy.inbound import Bounds, path_of, unknown_url
+from proxy.limits import RENEW_EVERY, Limiter
 from proxy.observe import Observer, new_id
 from proxy.ops import Ops
 from proxy.relay import outcome_of
@@ -45,11 +47,13 @@ class Setup:
     chat: Chat
 
     @classmethod
-    def of(cls, config: Config, demo: Demo, clock: Callable[[], float]) -> Setup:
-        built = upstreams.build(config.upstreams, lambda: demo.connect)
+    def of(cls, config: Config, limiter: Limiter, demo: Demo, clock: Callable[[], float]) -> Setup:
+        built = upstreams.build(config, lambda: demo.connect)
         chat = Chat(
+            Auth(config.clients, config.limits, config.trusted_proxies),
             Bounds(config.max_body, config.client_timeouts.body),
             Router(config.routes),
+            limiter,
             Forwarder(built, clock),
             clock,
         )
@@ -67,14 +71,23 @@ class App:
     def __init__(self, config: Config) -> None:
         self._clock = time.monotonic
         self._demo = Demo()
-        self._setup = Setup.of(config, self._demo, self._clock)
         self.observer = Observer(config, self._clock)
+        counters = store.build(
+            config.store,
+            failure=config.store_failure,
+            timeout=config.store_timeout,
+            clock=self._clock,
+            on_error=self.observer.store_failed,
+        )
+        self._limiter = Limiter(counters)
+        self._setup = Setup.of(config, self._limiter, self._demo, self._clock)
         admin_key = config.admin.key.get_secret_value() if config.admin.key else None
         self._ops = Ops(
             self.observer,
             admin_key,
             draining=lambda: self.draining,
             upstreams=lambda: self._setup.upstreams,
+            limiter=self._limiter,
             clock=self._clock,
         )
         self._admin_apart = config.admin.port is not None
@@ -93,7 +106,7 @@ class App:
 
     def reload(self, config: Config) -> None:
         """Lets `config` hold for new requests; those in progress go on untouched."""
-        old, self._setup = self._setup, Setup.of(config, self._demo, self._clock)
+        old, self._setup = self._setup, Setup.of(config, self._limiter, self._demo, self._clock)
         self.observer.use(config)
         old.close()
 
@@ -102,9 +115,16 @@ class App:
         for upstream in self._setup.upstreams.values():
             upstream.pool.sweep()
 
+    async def keep_leases(self) -> None:
+        """Renews the leases of open requests, until cancelled."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY)
+            await self._limiter.renew()
+
     async def close(self) -> None:
-        """Lets go of upstream connections and of the embedded upstream."""
+        """Lets go of upstream connections, of the store and of the embedded upstream."""
         self._setup.close()
+        await self._limiter.close()
         await self._demo.close()
 
     # The error boundary.
@@ -187,7 +207,10 @@ class App:
         connection ends."""
         exchange.error = error
         if exchange.status is None and error.code not in IN_BAND_ONLY:
-            return self._error(request, exchange.request_id, error)
+            answer = self._error(request, exchange.request_id, error)
+            for name, value in exchange.limits:
+                answer.headers[name.decode()] = value.decode()
+            return answer
         if request.transport is not None:
             request.transport.abort()
         raise asyncio.CancelledError

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from proxy.auth import Auth
 from proxy.downstream import Sink
 from proxy.errors import ProxyError
 from proxy.exchange import Exchange, Outcome
 from proxy.forward import Answer, Forwarder
 from proxy.framing import Header
 from proxy.inbound import Bounds, read_ask
+from proxy.limits import Limiter, metered
 from proxy.relay import outcome_of, relay
 from proxy.routing import Router
 
@@ -24,8 +26,10 @@ MAX_MODEL = 128  # characters of a model's name that logs and /admin show
 class Chat:
     """What a request is relayed with. `clock` gives monotonic seconds."""
 
+    auth: Auth
     bounds: Bounds
     router: Router
+    limiter: Limiter
     forwarder: Forwarder
     clock: Callable[[], float]
 
@@ -37,22 +41,34 @@ class Chat:
         Raises ProxyError while the head has not gone out. Afterwards a failure ends the answer in
         the way that its client can see.
         """
+        client = self.auth.identify(request.headers, request.remote or "")
+        exchange.client = client.name
+        if "Expect" in request.headers:  # the body is not on its way yet, and need not be
+            await self.limiter.check(client, exchange)
         ask = await read_ask(request, self.bounds)
         exchange.read = self.clock()
         exchange.model = ask.model and ask.model[:MAX_MODEL]
+        client.check_model(ask)
         route = self.router.resolve(ask.model)
         exchange.route = route.name
+        if client.limits.tokens is not None:
+            ask = metered(ask, exchange)
         try:
-            async with await self.forwarder.open(route, ask, exchange) as answer:
+            async with (
+                await self.limiter.admit(client, exchange),
+                await self.forwarder.open(route, ask, exchange) as answer,
+            ):
                 del ask  # it is sent; its body may be megabytes, and the answer may take minutes
                 sink = commit(request, answer, exchange, ours)
                 await relay(answer, sink, exchange, self.clock)
                 return sink
         except ProxyError as error:
-            exchange.outcome = outcome_of(error, Outcome.UPSTREAM_ERROR)
+            if exchange.upstream is not None:
+                exchange.outcome = outcome_of(error, Outcome.UPSTREAM_ERROR)
             raise
         except asyncio.CancelledError:
-            exchange.outcome = exchange.outcome or Outcome.CLIENT_GONE
+            if exchange.upstream is not None:
+                exchange.outcome = exchange.outcome or Outcome.CLIENT_GONE
             raise
 
 
@@ -64,7 +80,8 @@ def commit(
     exchange.stream = answer.is_stream
     said = [
         *ours,
+        *exchange.limits,
         (b"Sluice-Upstream", (exchange.upstream or "").encode()),
         (b"Sluice-Attempts", b"%d" % exchange.attempts),
     ]
-    return Sink(request, answer.head, said, stream=answer.is_stream)
+    return Sink(request, answer.head, said, stream=answer.is_stream, limited=bool(exchange.limits))

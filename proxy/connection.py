@@ -332,6 +332,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _lost(self, *, cleanly: bool) -> None:
         """The upstream closed: the end of a body until close, else of whatever was going on."""
+        while self._body is not None and self._body.behind:  # it has come, and is not read yet
+            self.data_received(b"")
         if self.state is State.HEAD:
             when = "in the middle of its head" if self.answered else "without an answer"
             self.fail(self._aborted(f"closed the connection {when}"))

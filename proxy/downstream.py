@@ -14,12 +14,15 @@ aiohttp runs one handler for each request and keeps connections alive. Four thin
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import select
 import socket
 import struct
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -43,12 +46,16 @@ from proxy.headers import STREAM_HEADERS, response_headers
 from proxy.payload import Payload
 from proxy.requests import RequestHead, RequestReader, request_body
 
+_log = logging.getLogger("sluice.downstream")
+
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Refuse = Callable[[ProxyError], web.Response]
 
 _MAX_AHEAD = 64 * 1024  # bytes of pipelined requests that wait to be read
 _LINGER = 5.0  # seconds in which what a refused client still sends is read and dropped
 
+_MOST_LOOKED_AT = 100  # connections, in search of an idle one
+_GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 _MAX_UNSENT = 128 * 1024  # bytes that the kernel takes for a client beyond what is on its way
 _NO_LINGER = struct.pack("ii", 1, 0)
 
@@ -121,6 +128,10 @@ class ClientConnection(web.RequestHandler):
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
 
+    def abort(self) -> None:
+        if self._out is not None:
+            self._out.abort()
+
     def serve(self, flow: Flow | None) -> None:
         """Says whom to tell about this client; None: nobody any more."""
         self._flow = flow
@@ -164,7 +175,7 @@ class ClientConnection(web.RequestHandler):
         if self._out is not None:
             _bound_unsent(self._out)
             if cast(Server, self._manager).is_full:
-                self._out.abort()
+                cast(Server, self._manager).make_room_for(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._out = None
@@ -238,8 +249,8 @@ class ClientConnection(web.RequestHandler):
 
     def _regulate(self) -> None:
         """Reads from the client only while little of what it sent waits."""
-        behind = self._body is not None and self._body.behind
-        hold = behind or self._payload.is_full or len(self._ahead) > _MAX_AHEAD
+        full = self._body is not None and (self._body.behind or self._payload.is_full)
+        hold = full or len(self._ahead) > _MAX_AHEAD
         if hold != self._held and self._out is not None and not self._out.is_closing():
             self._held = hold
             (self._out.pause_reading if hold else self._out.resume_reading)()
@@ -248,6 +259,17 @@ class ClientConnection(web.RequestHandler):
         """Starts the clock of a head, once nothing is left to answer before it."""
         if self._head_since is None and self._waiter is not None and self._reader.begun:
             self._head_since = self._loop.time()
+
+    def check_presence(self) -> None:
+        """Looks whether a client that is not read from has left: nothing else would tell."""
+        if self._held and self._out is not None and _has_left(self._out):
+            self._out.abort()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a request of which nothing has come."""
+        out, waits = self._out, self._waiter is not None and not self._reader.begun
+        return waits and out is not None and not out.is_closing()
 
     def check_head(self, now: float) -> None:
         """Refuses a head that has been coming for too long, dripped or not sent at all.
@@ -327,6 +349,14 @@ def _taken(transport: asyncio.Transport) -> int:
     return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
 
 
+def _has_left(transport: asyncio.Transport) -> bool:
+    """Whether the client has closed its side, though nothing was read that says so."""
+    connection = transport.get_extra_info("socket")
+    poll = select.poll()
+    poll.register(connection.fileno(), _GONE)
+    return bool(poll.poll(0))
+
+
 def _bound_unsent(transport: asyncio.Transport) -> None:
     """Lets the kernel take little beyond what is on its way. Linux would take megabytes for a client
     that reads nothing, and as much would be read from each one's upstream before it is held back."""
@@ -367,6 +397,7 @@ class Server(web.Server):
         self._timeouts = timeouts
         self._refuse = refuse
         self._most = most
+        self._quiet_until = 0.0
 
     def __call__(self) -> ClientConnection:
         timeouts = self._timeouts()
@@ -386,11 +417,22 @@ class Server(web.Server):
         for connection in self._clients:
             connection.check_head(now)
             connection.check_reader(now)
+            connection.check_presence()
 
     @property
     def is_full(self) -> bool:
         """Whether there are more connections than can be served."""
         return len(self._connections) > self._most
+
+    def make_room_for(self, newcomer: ClientConnection) -> None:
+        """Ends an idle connection, one of the oldest; or the new one, if those are all at work."""
+        oldest = cast(Iterable[ClientConnection], islice(self._connections, _MOST_LOOKED_AT))
+        leaving = next((each for each in oldest if each.is_idle), newcomer)
+        leaving.abort()
+        now = self._loop.time()
+        if now >= self._quiet_until:
+            self._quiet_until = now + 60
+            _log.warning("connections_full", extra={"fields": {"most": self._most}})
 
     @property
     def owes(self) -> bool:
@@ -443,7 +485,13 @@ class Sink(web.StreamResponse):
     """
 
     def __init__(
-        self, request: web.BaseRequest, head: ResponseHead, ours: Iterable[Header], *, stream: bool
+        self,
+        request: web.BaseRequest,
+        head: ResponseHead,
+        ours: Iterable[Header],
+        *,
+        stream: bool,
+        limited: bool = False,
     ) -> None:
         super().__init__(status=head.status)
         self._connection = cast(ClientConnection, request.protocol)
@@ -452,7 +500,7 @@ class Sink(web.StreamResponse):
             raise asyncio.CancelledError("the client has left")
         self._out = transport
         self._writer = request.writer
-        fields = response_headers(head.headers, status=head.status, stream=stream)
+        fields = response_headers(head.headers, status=head.status, stream=stream, limited=limited)
         if stream:
             fields.extend(STREAM_HEADERS)
         fields.extend(ours)

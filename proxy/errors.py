@@ -75,7 +75,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         loop_detected=508,
         invalid_api_key=401,
     )
-    | _kinds(Source.DOWNSTREAM, "permission_error", origin_not_allowed=403)
+    | _kinds(Source.DOWNSTREAM, "permission_error", origin_not_allowed=403, model_not_allowed=403)
+    | _kinds(Source.DOWNSTREAM, "requests", rate_limit_exceeded=429, concurrency_limit_exceeded=429)
     | _kinds(
         Source.UPSTREAM,
         "upstream_error",
@@ -85,7 +86,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         upstream_auth=502,
     )
     | _kinds(Source.UPSTREAM, "timeout_error", upstream_timeout=504)
-    | _kinds(Source.PROXY, "overloaded_error", shutting_down=503, killed=503)
+    | _kinds(Source.PROXY, "overloaded_error", shutting_down=503, killed=503, store_unavailable=503)
     | _kinds(Source.PROXY, "server_error", internal_error=500)
 )
 
@@ -99,8 +100,10 @@ class ProxyError(Exception):
     """Something went wrong; `code` is one of KINDS.
 
     `message` says what happened, where, and what to do; it is shown to clients, so it never holds a
-    key or an upstream's text. `detail` is for the log alone: addresses, the system's words. `clock` names the timeout that ran out (connect, first_byte, idle,
-    total). `retry_after` is in seconds. `close` asks for the client's connection to be closed.
+        key or an upstream's text. `detail` is for the log alone: addresses, the system's words. `clock`
+    names the timeout that ran out (connect, first_byte, idle, total), `limit` the limit that is used
+    up (requests, tokens, streams). `retry_after` is in seconds. `close` asks for the client's
+    connection to be closed.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class ProxyError(Exception):
         *,
         param: str | None = None,
         clock: str | None = None,
+        limit: str | None = None,
         detail: str | None = None,
         retry_after: float | None = None,
         close: bool = False,
@@ -121,6 +125,7 @@ class ProxyError(Exception):
         self.kind = KINDS[code]
         self.param = param
         self.clock = clock
+        self.limit = limit
         self.detail = detail
         self.retry_after = retry_after
         self.close = close
@@ -134,7 +139,7 @@ class ProxyError(Exception):
         """The `error` object of OpenAI's API."""
         return {
             "message": self.message,
-            "type": self.kind.type,
+            "type": "tokens" if self.limit == "tokens" else self.kind.type,
             "param": self.param,
             "code": self.code,
         }

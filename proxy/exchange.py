@@ -18,6 +18,7 @@ from enum import Enum
 
 from proxy.errors import Dialect, ProxyError
 from proxy.framing import Header
+from proxy.usage import Endpoint, Meter, Usage
 
 # A segment of a path that looks like a key: some gateways have a place for one there, and a client
 # that was moved here may still send it.
@@ -73,6 +74,7 @@ class Ask:
     body: bytes | Upload | None = field(default=None, repr=False)
     model: str | None = None
     stream: bool = False
+    identity: bool = False  # asks for an answer that is not compressed
 
 
 @dataclass(slots=True)
@@ -103,14 +105,28 @@ class Exchange:
     bytes_up: int = 0
     bytes_down: int = 0
     chunks: int = 0
+    prompt: Usage | None = None  # what the request may use, as estimated before
+    hides_usage: bool = False  # the answer's usage was asked for by us, and is not the client's
     tokens_in: int | None = None
     tokens_out: int | None = None
+    tokens_source: str | None = None  # who counted: upstream, estimated
+    meter: Meter | None = None  # counts the answer's tokens as they pass
+    limits: tuple[Header, ...] = ()  # what the client is told about what is left to it
     task: asyncio.Task[object] | None = None
     interruption: ProxyError | None = None
     error: ProxyError | None = None  # what the client was told, as an answer or in-band
 
     def __post_init__(self) -> None:
         self.path = _KEY_LIKE.sub("/***", self.path)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint.of(self.path)
+
+    @property
+    def tokens(self) -> int:
+        """What the request has used, once it has ended."""
+        return (self.tokens_in or 0) + (self.tokens_out or 0)
 
     @property
     def dialect(self) -> Dialect:

@@ -186,7 +186,7 @@ def _request_head(upstream: Upstream, ask: Ask) -> bytes:
         dropped=upstream.dropped,
         credential=upstream.credential(),
         framing=_framing(ask.body),
-        identity=ask.stream,
+        identity=ask.identity,
     )
     lines = [b"%b %b%b HTTP/1.1" % (ask.method.encode(), upstream.prefix, ask.target)]
     lines += [name + b": " + value for name, value in fields]

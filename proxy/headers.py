@@ -52,6 +52,12 @@ STREAM_HEADERS: tuple[Header, ...] = (
 # open a proxy with an injected key to every page: an upstream's CORS gives way to ours.
 _CORS_PREFIX = b"access-control-"
 _OURS_PREFIX = b"sluice-"
+# An upstream's limits are ours to spend; a client that has limits of its own is told those.
+_RATE_LIMITS = frozenset(
+    f"x-ratelimit-{name}-{kind}".encode()
+    for name in ("limit", "remaining", "reset")
+    for kind in ("requests", "tokens")
+)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -60,18 +66,18 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class UpstreamRules:
     """What one upstream wants in every request: `fixed` fields replace the client's of that name.
 
-    With `injects`, a credential of our own goes up, and so no client's does.
+    `drops_credentials`: a credential of our own goes up, or what clients send are keys to this proxy.
     """
 
     host: bytes
     fixed: tuple[Header, ...] = field(repr=False)  # it may hold a key
-    injects: bool
+    drops_credentials: bool
 
     @property
     def dropped(self) -> frozenset[bytes]:
         replaced = frozenset(name.lower() for name, _ in self.fixed)
         always = HOP_BY_HOP | _FRAMING | _OURS_TO_ANSWER | replaced
-        return always | CREDENTIALS if self.injects else always
+        return always | CREDENTIALS if self.drops_credentials else always
 
 
 def request_headers(
@@ -108,8 +114,11 @@ def request_headers(
     return outbound
 
 
-def response_headers(upstream: Iterable[Header], *, status: int, stream: bool) -> list[Header]:
+def response_headers(
+    upstream: Iterable[Header], *, status: int, stream: bool, limited: bool = False
+) -> list[Header]:
     """The fields of the client's answer, without our own and without those of its framing.
+    `limited`: the client has limits of its own.
 
     Content-Length stays: it is the body's, also where no body follows (HEAD, 304), but must not be
     on a 204 (RFC 9110 8.6), where a lax reader would take bytes of the next answer for it.
@@ -121,6 +130,8 @@ def response_headers(upstream: Iterable[Header], *, status: int, stream: bool) -
         dropped = dropped | _NOT_ON_STREAMS
     if status == 204:
         dropped = dropped | {b"content-length"}
+    if limited:
+        dropped = dropped | _RATE_LIMITS
     outbound = []
     for each in upstream:
         name = each[0].lower()

@@ -30,6 +30,7 @@ _MAX_ENCODINGS = 4  # rounds of percent-decoding; nobody means more, and each co
 # Bytes of a model's name as it stands in the body. A longer one is nobody's, and matching megabytes
 # against a route's patterns would hold everybody up.
 _MAX_MODEL = 4096
+_STOPS = re.compile(rb"[;?#\0]")
 _SUSPICIOUS = re.compile(r"[.%\\]|//")
 
 
@@ -82,8 +83,8 @@ def _refuse_traversal(path: str) -> None:
         raise _invalid_path("must not contain a backslash, in whatever encoding")
     if _OVERLONG.search(decoded):
         raise _invalid_path("contains overlong UTF-8")
-    # Some servers take `;` and what follows for parameters of the segment.
-    if any(segment.partition(b";")[0] in (b".", b"..") for segment in decoded.split(b"/")):
+    # Some servers take `;` and what follows for parameters of the segment, or stop at the others.
+    if any(_STOPS.split(segment)[0] in (b".", b"..") for segment in decoded.split(b"/")):
         raise _invalid_path("must not contain dot segments, in whatever encoding")
 
 
@@ -121,10 +122,14 @@ async def read_ask(request: web.BaseRequest, bounds: Bounds) -> Ask:
         return Ask(request.method, target, headers, body)
     pieces = _pieces(request, bounds)
     if not _is_json(request.headers.get("Content-Type", "")):
+        cast(Payload, request.content).check()  # before anybody is asked
         return Ask(request.method, target, headers, Upload(_declared_length(request), pieces))
-    whole = b"".join([piece async for piece in pieces])
-    model, stream = _peek(whole)
-    return Ask(request.method, target, headers, whole, model, stream)
+    whole = bytearray()  # not a list: a body may come in pieces of a byte
+    async for piece in pieces:
+        whole += piece
+    body = bytes(whole)
+    model, stream = _peek(body)
+    return Ask(request.method, target, headers, body, model, stream, identity=stream)
 
 
 def _check_declared(request: web.BaseRequest, bounds: Bounds) -> None:

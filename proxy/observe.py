@@ -41,6 +41,7 @@ _LAG_INTERVAL = 1.0  # seconds
 
 _LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _STREAMS = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800)
+_SPEEDS = (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 _SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -92,6 +93,10 @@ class Observer:
     def reloaded(self, result: str) -> None:
         """Counts a reload of the config: `applied` or `rejected`."""
         self._metrics.child(self._metrics.reloads, result).inc()
+
+    def store_failed(self) -> None:
+        """Counts a call of the store that failed."""
+        self._metrics.store_errors.inc()
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -150,6 +155,12 @@ class _Metrics:
         )
         self.bytes = counter("sluice_bytes", "Body bytes relayed", "direction")
         self.chunks = counter("sluice_chunks", "Pieces of answers relayed")
+        self.tokens = counter("sluice_tokens", "Tokens used", "client", "model", "type", "source")
+        self.limit_rejections = counter(
+            "sluice_limit_rejections", "Requests that a limit refused", "client", "limit"
+        )
+        self.auth_failures = counter("sluice_auth_failures", "Requests without a client's key")
+        self.store_errors = counter("sluice_store_errors", "Calls of the store that failed")
         self.reloads = counter("sluice_config_reloads", "Reloads of the config", "result")
         self.in_flight = gauge("sluice_requests_in_flight", "Requests in progress", "route")
         self.loop_lag = gauge(
@@ -167,6 +178,11 @@ class _Metrics:
         )
         self.inter_chunk = histogram(
             "sluice_inter_chunk_seconds", "Mean time between a stream's chunks", _SHORT
+        )
+        self.tokens_per_second = histogram(
+            "sluice_output_tokens_per_second",
+            "A stream's tokens from its first to its last",
+            _SPEEDS,
         )
         self.overhead = histogram(
             "sluice_overhead_seconds",
@@ -195,6 +211,10 @@ class _Metrics:
             child(self.attempts, upstream, result).inc()
         if exchange.outcome is not None:
             child(self.outcomes, route, exchange.outcome.value).inc()
+        if exchange.error is not None:
+            self._observe_refusal(exchange.client, exchange.error)
+        if exchange.tokens_source is not None:
+            self._observe_tokens(exchange, model)
         if exchange.bytes_up:
             child(self.bytes, "up").inc(exchange.bytes_up)
         if exchange.chunks:
@@ -207,6 +227,18 @@ class _Metrics:
         if exchange.stream:
             self._observe_stream(exchange)
 
+    def _observe_refusal(self, client: str, error: ProxyError) -> None:
+        if error.limit is not None:
+            self.child(self.limit_rejections, client, error.limit).inc()
+        elif error.code == "invalid_api_key":
+            self.auth_failures.inc()
+
+    def _observe_tokens(self, exchange: Exchange, model: str) -> None:
+        source = exchange.tokens_source or ""
+        for kind, count in ("input", exchange.tokens_in), ("output", exchange.tokens_out):
+            if count:
+                self.child(self.tokens, exchange.client, model, kind, source).inc(count)
+
     def _observe_stream(self, exchange: Exchange) -> None:
         child, route = self.child, exchange.route
         assert exchange.first_byte is not None and exchange.ended is not None
@@ -216,6 +248,10 @@ class _Metrics:
         if exchange.chunks > 1 and exchange.last_payload is not None:
             span = exchange.last_payload - exchange.first_byte
             child(self.inter_chunk, route).observe(span / (exchange.chunks - 1))
+        if exchange.tokens_out and exchange.first_token is not None:
+            span = (exchange.last_payload or exchange.ended) - exchange.first_token
+            if span > 0:
+                child(self.tokens_per_second, route).observe(exchange.tokens_out / span)
 
 
 def _explain(exchange: Exchange, error: ProxyError) -> None:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from proxy.errors import ProxyError
 from proxy.exchange import Exchange
+from proxy.limits import Limiter
 from proxy.observe import CONTENT_TYPE, Observer
 from proxy.upstreams import Upstream
 
@@ -31,12 +32,14 @@ class Ops:
         *,
         draining: Callable[[], bool],
         upstreams: Callable[[], Mapping[str, Upstream]],
+        limiter: Limiter,
         clock: Callable[[], float],
     ) -> None:
         self._observer = observer
         self._admin_key = admin_key
         self._draining = draining
         self._upstreams = upstreams
+        self._limiter = limiter
         self._clock = clock
 
     def serves(self, path: str, *, admin: bool) -> bool:
@@ -68,13 +71,15 @@ class Ops:
         return self._kill(rest.removeprefix("/"))
 
     def _ready(self) -> web.Response:
-        """Upstreams are reported, not judged: they are the same for every replica, and a proxy
-        taken out of rotation for them could not even say so."""
+        """Upstreams and the store are reported, not judged: they are the same for every replica, and
+        a proxy taken out of rotation for them could not even say so."""
         reasons = [
             f"upstream {upstream.name}: {upstream.last_error}"
             for upstream in self._upstreams().values()
             if upstream.last_error is not None
         ]
+        if self._limiter.trouble is not None:
+            reasons.append(f"store: {self._limiter.trouble}")
         if self._draining():
             return _json({"status": "draining", "reasons": ["draining", *reasons]}, status=503)
         return _json({"status": "ready", "reasons": reasons})
@@ -104,7 +109,7 @@ class Ops:
             "upstream": exchange.upstream,
             "age": round(now - exchange.received, 3),
             "phase": exchange.phase.value,
-            "tokens": exchange.tokens_out,
+            "tokens": exchange.meter.tokens if exchange.meter else exchange.tokens_out,
             "last_payload": None if last is None else round(now - last, 3),
         }
 

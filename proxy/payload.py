@@ -49,11 +49,15 @@ class Payload:
             self._error = error
             self._wake()
 
+    def check(self) -> None:
+        """Raises what it has failed with, if it has."""
+        if self._error is not None:
+            raise self._error
+
     async def take(self) -> bytes:
         """What has come, waiting for it if need be; empty at the end. Raises what it failed with."""
         while not self._pieces and not self._ended:
-            if self._error is not None:
-                raise self._error
+            self.check()
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self.take_nowait()

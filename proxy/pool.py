@@ -7,6 +7,7 @@ import select
 from collections.abc import Awaitable, Callable
 
 from proxy.connection import UpstreamConnection
+from proxy.errors import ProxyError
 from proxy.resolver import Resolver
 
 MAX_IDLE = 256  # connections kept
@@ -40,13 +41,24 @@ class Pool:
         where the name does.
         """
         asks_anew = self._resolver is not None and self._resolver.is_stale(LOOKUP_HOLDS)
-        while self._idle and not fresh and not asks_anew:
+        if not (fresh or asks_anew) and (idle := self._take_idle()):
+            return idle
+        try:
+            return await self._connect()
+        except ProxyError:
+            # No answer is no news of the name: what worked a moment ago still may.
+            if asks_anew and not fresh and (idle := self._take_idle()):
+                return idle
+            raise
+
+    def _take_idle(self) -> UpstreamConnection | None:
+        while self._idle:
             since, connection = self._idle.pop()
             age = asyncio.get_running_loop().time() - since
             if connection.reusable and age < KEEP_IDLE and self._is_sound(connection):
                 return connection
             connection.abort()
-        return await self._connect()
+        return None
 
     def release(self, connection: UpstreamConnection) -> None:
         """Takes a connection back: kept if its exchange ended cleanly, else closed."""

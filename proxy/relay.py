@@ -20,6 +20,8 @@ from proxy.errors import ProxyError, Source
 from proxy.exchange import Exchange, Outcome, Phase
 from proxy.forward import Answer
 from proxy.sse import FirstToken, Tap
+from proxy.usage import Endpoint, Meter, Usage, UsageStripper, usage_of
+from proxy.usage.words import tokens_of
 
 _OUTCOMES = {
     "idle": Outcome.IDLE_TIMEOUT,
@@ -41,18 +43,25 @@ class Lane:
         self.whole = False
         self.ending: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
         self._answer = answer
-        self._write = sink.write
+        self._sink = sink
+        self._write: Callable[[bytes], None] = sink.write
         self._remember = self.tap.remember
         self._exchange = exchange
         self._clock = clock
-        watched = answer.is_stream and answer.is_plain
-        self._first_token = FirstToken() if watched else None
+        readable = answer.is_stream and answer.is_plain
+        self._first_token = FirstToken() if readable else None
+        exchange.meter = Meter(exchange.endpoint, answer.is_stream)
+        self._count = exchange.meter.feed
+        self._stripper = UsageStripper() if readable and exchange.hides_usage else None
+        if self._stripper is not None:
+            self._write = self._write_stripped
 
     # What the upstream connection calls.
 
     def payload(self, data: bytes) -> None:
         self._write(data)
         self._remember(data)
+        self._count(data)
         exchange = self._exchange
         exchange.chunks += 1
         exchange.bytes_down += len(data)
@@ -61,7 +70,14 @@ class Lane:
             exchange.first_token = exchange.last_payload
             self._first_token = None
 
+    def _write_stripped(self, data: bytes) -> None:
+        assert self._stripper is not None
+        if data := self._stripper.feed(data):
+            self._sink.write(data)
+
     def ended(self, error: ProxyError | None) -> None:
+        if self._stripper is not None and (left := self._stripper.flush()):
+            self._sink.write(left)
         self.whole = error is None
         if not self.ending.done():
             self.ending.set_result(error)
@@ -101,6 +117,7 @@ async def relay(answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[
             raise
     finally:
         sink.serve(None)
+        _count(answer, lane, exchange)
     _end(answer, sink, exchange, lane.tap, error)
 
 
@@ -123,6 +140,25 @@ def _end(
     if readable and tap.on_event_boundary:
         sink.write(error.event(exchange.dialect, tap.next_sequence_number))
     sink.cut()
+
+
+def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
+    """What the generation used: by the upstream's own count, else by an estimate of what was
+    relayed. An answer that is an error used nothing (§3)."""
+    tap, meter, stream = lane.tap, exchange.meter, answer.is_stream
+    exchange.meter = None
+    failed = answer.head.status >= 400 or (stream and tap.began_with_error)
+    if exchange.endpoint is Endpoint.NONE or failed or meter is None:
+        return
+    usage = None
+    if answer.is_plain and (stream or lane.whole):
+        usage = usage_of(exchange.endpoint, stream, tap.head, tap.tail)
+    exchange.tokens_source = "upstream" if usage else "estimated"
+    if usage is None:
+        prompt = exchange.prompt.input if exchange.prompt else 0
+        written = meter.tokens if answer.is_plain else tokens_of(exchange.bytes_down)
+        usage = Usage(prompt, written)
+    exchange.tokens_in, exchange.tokens_out = usage.input, usage.output
 
 
 def _outcome_of_whole(answer: Answer, tap: Tap) -> Outcome:

@@ -33,7 +33,7 @@ FORWARDED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # the common
 
 _LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # RFC 9112 2.2 forgives them before a request
-_LINE_START = re.compile(rb"[!-~]*(?: [!-~]*){0,2}\r?")
+_LINE_PART = re.compile(rb"[!-~ ]*\r?")
 # What no head can hold: a bare LF, a bare CR, control characters.
 _NEVER = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ABSOLUTE = re.compile(rb"https?://[^/?#]+(?:[/?].*)?", re.IGNORECASE)
@@ -98,9 +98,9 @@ def _check_unfinished(buffer: bytes, searched: int) -> None:
         raise _invalid("a bare CR or LF, or a control character")
     line_end = buffer.find(b"\r\n", 0, MAX_LINE + 2)
     _check_size(len(buffer), line_end)
-    if line_end >= 0:
+    if line_end >= max(0, searched - 1):
         _parse_line(buffer)
-    elif not _LINE_START.fullmatch(buffer):
+    elif line_end < 0 and (buffer.count(b" ") > 2 or not _LINE_PART.fullmatch(buffer, searched)):
         raise _invalid("no request line of HTTP/1.1")
 
 

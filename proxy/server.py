@@ -40,6 +40,9 @@ _LAST_WORDS = 0.2  # seconds that interrupted answers get to say so
 _SWEEP = 1.0  # seconds between two looks at slow heads
 _POLL = 0.05  # seconds between two looks at whether a drain is over
 
+# What holds for as long as the process does.
+_BOUND = ("listen", "admin", "store", "store_failure", "store_timeout")
+
 Load = Callable[[str | None], Config]
 
 
@@ -88,6 +91,7 @@ class Process:
         watches = [
             asyncio.create_task(self._sweep()),
             asyncio.create_task(self._app.observer.watch_loop()),
+            asyncio.create_task(self._app.keep_leases()),
         ]
         try:
             await life
@@ -157,10 +161,10 @@ class Process:
             for problem in str(error).splitlines():
                 log.error("reload_rejected", extra={"fields": {"problem": problem}})
             return
-        for key in ("listen", "admin"):
-            if getattr(config, key) != getattr(self._config, key):
+        bound = {key: getattr(self._config, key) for key in _BOUND}
+        for key, value in bound.items():
+            if getattr(config, key) != value:
                 log.warning("restart_needed", extra={"fields": {"key": key}})
-        bound = {"listen": self._config.listen, "admin": self._config.admin}
         self._config = config.model_copy(update=bound)
         logs.configure(config.log.format, config.log.level)
         self._app.observer.reloaded("applied")
@@ -220,7 +224,7 @@ def _announce(config: Config, main: asyncio.Server) -> None:
     ]
     fields = {"url": _url(main.sockets[0]), "upstreams": ", ".join(upstreams)}
     log.info("listening", extra={"fields": fields})
-    spendable = [name for name, each in config.upstreams.items() if each.injects]
+    spendable = [name for name, each in config.upstreams.items() if each.spends]
     if config.open and spendable:
         hint = "whoever reaches this address spends the keys of these upstreams"
         log.warning("open", extra={"fields": {"upstreams": ", ".join(spendable), "hint": hint}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from proxy import config
@@ -21,7 +21,14 @@ class Upstream:
     `last_error` is the code of the last failed attempt, None after a success: reported by /readyz.
     """
 
-    def __init__(self, name: str, settings: config.Upstream, connect: Connect | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: config.Upstream,
+        connect: Connect | None,
+        *,
+        has_clients: bool = False,
+    ) -> None:
         url = urlsplit(settings.base_url)
         fixed = tuple(
             (key.encode("latin-1"), value.get_secret_value().encode("latin-1"))
@@ -33,7 +40,10 @@ class Upstream:
         self._key = settings.key_source()
         self._auth = settings.auth
         self.injects = settings.injects  # a key of ours goes up, and so no client's does
-        self.rules = UpstreamRules(url.netloc.encode("ascii"), fixed, self.injects)
+        # Where there are clients, what they send are keys to this proxy, whatever the upstream wants.
+        self.rules = UpstreamRules(
+            url.netloc.encode("ascii"), fixed, drops_credentials=self.injects or has_clients
+        )
         self.dropped = self.rules.dropped
         self.pool = Pool(connect) if connect else _pool(name, settings)
         self.last_error: str | None = None
@@ -55,13 +65,12 @@ class Upstream:
                 return (b"api-key", key)
 
 
-def build(
-    settings: Mapping[str, config.Upstream], demo: Callable[[], Connect]
-) -> dict[str, Upstream]:
+def build(settings: config.Config, demo: Callable[[], Connect]) -> dict[str, Upstream]:
     """All upstreams by name; `demo` gives the connections to the embedded one."""
+    has_clients = bool(settings.clients)
     return {
-        name: Upstream(name, upstream, demo() if upstream.demo else None)
-        for name, upstream in settings.items()
+        name: Upstream(name, each, demo() if each.demo else None, has_clients=has_clients)
+        for name, each in settings.upstreams.items()
     }
 
 

@@ -168,7 +168,7 @@ BREAKS = [
     Break(
         "the client's key goes up beside ours",
         "headers.py",
-        "always | CREDENTIALS if self.injects else always",
+        "always | CREDENTIALS if self.drops_credentials else always",
         "always",
         "test_requests",
     ),

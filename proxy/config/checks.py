@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from proxy.config.document import Document, Where
@@ -22,6 +23,10 @@ def check(config: Config, document: Document) -> None:
             document.complain(("upstreams", name, "egress"), message)
     _labels("routes", [route.name for route in config.routes], "none", document)
     _labels("clients", [client.name for client in config.clients], "anonymous", document)
+    _client_keys(config, document)
+    _windows(config, document)
+    if config.store != "memory" and find_spec("redis") is None:
+        document.complain(("store",), "needs a library: pip install 'sluice-proxy[redis]'")
     for index, route in enumerate(config.routes):
         _candidates(route, ("routes", index, "upstreams"), config, document)
     _admin_port(config, document)
@@ -66,6 +71,31 @@ def _labels(section: str, names: list[str], reserved: str, document: Document) -
             document.complain((*at, "name"), message, at)
 
 
+def _client_keys(config: Config, document: Document) -> None:
+    """Each client has one key, and no two the same: nobody could say whose request it is."""
+    known: dict[str, int] = {}
+    for index, client in enumerate(config.clients):
+        at: Where = ("clients", index)
+        if client.key and client.key_sha256:
+            document.complain((*at, "key_sha256"), "must not stand beside key: choose one")
+        elif not (client.key or client.key_sha256):
+            document.complain(at, "needs a key or a key_sha256: `sluice key NAME` makes one")
+        elif (first := known.setdefault(client.digest(), index)) != index:
+            document.complain(at, f"has the same key as clients[{first}]", ("clients", first))
+
+
+def _windows(config: Config, document: Document) -> None:
+    """Of two rates over one time only the smaller would ever matter."""
+    places: dict[Where, Limits] = {("limits",): config.limits}
+    for index, client in enumerate(config.clients):
+        places["clients", index, "limits"] = client.limits
+    for at, limits in places.items():
+        for kind in ("requests", "tokens"):
+            lengths = [rate.per for rate in getattr(limits, kind) or ()]
+            if len(lengths) > len(set(lengths)):
+                document.complain((*at, kind), "must not have two rates over the same time")
+
+
 def _admin_port(config: Config, document: Document) -> None:
     hosts = {config.listen.host.lower(), config.admin.host.lower()}
     same_host = len(hosts) == 1 or hosts & {"0.0.0.0", "::"}
@@ -74,11 +104,11 @@ def _admin_port(config: Config, document: Document) -> None:
 
 
 def _open_proxy(config: Config, document: Document) -> None:
-    injecting = [name for name, upstream in config.upstreams.items() if upstream.injects]
+    injecting = [name for name, upstream in config.upstreams.items() if upstream.spends]
     if injecting and not (config.open or config.clients or _is_loopback(config.listen.host)):
         message = (
             "is not loopback, and without clients everybody who reaches it could spend the key of "
-            f"{injecting[0]}: listen on 127.0.0.1, add clients (not available yet), "
+            f"{injecting[0]}: listen on 127.0.0.1, add clients, "
             "or allow it with open: true"
         )
         document.complain(("listen", "host"), message, ("open",), ("clients",))
@@ -99,11 +129,6 @@ _NOTHING = object()
 NOT_YET: Mapping[type[Part], Mapping[str, object]] = {
     Config: {
         "default_model": None,
-        "clients": (),
-        "limits": Limits(),
-        "store": "memory",
-        "store_failure": "allow",
-        "store_timeout": _NOTHING,
         "resume": None,
     },
     Upstream: {"max_streams": None, "circuit": _NOTHING},

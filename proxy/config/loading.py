@@ -43,9 +43,9 @@ def _choose_built_in(document: Document, environ: Mapping[str, str]) -> None:
     """Resolves `upstreams: built-in`, the only choice that falls back to the demo."""
     if document.data.get("upstreams") != "built-in":
         return
-    if environ.get("SLUICE_KEY"):
-        document.names["SLUICE_KEY",] = "SLUICE_KEY"
-        document.complain(("SLUICE_KEY",), "clients are not available yet: unset it")
+    if key := environ.get("SLUICE_KEY"):
+        document.names["clients", 0, "key"] = "SLUICE_KEY"
+        document.data.setdefault("clients", [{"name": "sluice", "key": key}])
     if key := environ.get("OPENAI_API_KEY"):
         document.names["upstreams", "openai", "api_key"] = "OPENAI_API_KEY"
         openai = {"base_url": "https://api.openai.com/v1", "api_key": key}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -30,6 +32,8 @@ from proxy.config.values import (
     Text,
 )
 from proxy.headers import CREDENTIALS
+
+_SECRET = re.compile("key|token|secret|auth|cookie|password", re.IGNORECASE)
 
 
 class Part(BaseModel):
@@ -136,6 +140,11 @@ class Upstream(Part):
         names = {name.lower().encode() for name in self.headers}
         return bool(self.api_key or self.api_key_file or names & CREDENTIALS)
 
+    @property
+    def spends(self) -> bool:
+        """Whether whoever reaches it may spend something: also what looks like a key in `headers`."""
+        return self.injects or any(_SECRET.search(name) for name in self.headers)
+
     def tls(self) -> ssl.SSLContext | None:
         """A verifying client's context for https; None for other schemes."""
         if not self.base_url.startswith("https://"):
@@ -185,6 +194,11 @@ class Limits(Part):
     streams: Count | None = None
     """Relayed requests in progress."""
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is limited."""
+        return bool(self.requests or self.tokens or self.streams)
+
 
 class Client(Part):
     """Somebody who may call."""
@@ -200,6 +214,12 @@ class Client(Part):
     user_header: HeaderName | None = None
     """The limits count for each value of this header apart."""
     limits: Limits = Limits()
+
+    def digest(self) -> str:
+        """The SHA-256 of its key, in hexadecimal digits."""
+        if self.key is not None:
+            return sha256(self.key.get_secret_value().encode()).hexdigest()
+        return self.key_sha256 or ""
 
 
 class Resume(Part):

@@ -83,8 +83,18 @@ Name = Annotated[
     ),
 ]
 Sha256 = Annotated[Text, _matching("[0-9a-f]{64}", "must be 64 digits of 0-9 a-f")]
+
+
+def _without_secrets(url: str) -> str:
+    """A store's URL as it is shown; a password may also stand in its query."""
+    url = re.sub(r"(?<=://)[^/]*@", "***@", url)
+    return re.sub(r"(?<=[?&]password=)[^&]*", "***", url)
+
+
 Store = Annotated[
-    Text, _matching("memory|(rediss?|unix)://.+", "must be memory, redis://, rediss:// or unix://")
+    Text,
+    _matching("memory|(rediss?|unix)://.+", "must be memory, redis://, rediss:// or unix://"),
+    _shown(_without_secrets),
 ]
 
 

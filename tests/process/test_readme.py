@@ -15,7 +15,8 @@ from tests.breaks import BREAKS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-[CONFIG] = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+EXAMPLE, CONFIG = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+ENVIRON = {"OPENAI_API_KEY": "sk-none", "WEB_KEY": "sk-web"}
 
 
 def test_its_config_loads_and_is_complete(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_its_config_loads_and_is_complete(tmp_path: Path) -> None:
     file.write_text(CONFIG)
     shown, effective = (
         yaml.safe_load(CONFIG),
-        config.render(config.load(file, {"OPENAI_API_KEY": "sk-none"})),
+        config.render(config.load(file, ENVIRON)),
     )
     assert shown.keys() == yaml.safe_load(effective).keys()
     upstream = yaml.safe_load(effective)["upstreams"]["openai"]
@@ -33,11 +34,17 @@ def test_its_config_loads_and_is_complete(tmp_path: Path) -> None:
 def test_the_defaults_it_shows_are_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
-    shown = config.load(file, {"OPENAI_API_KEY": "sk-none"})
+    shown = config.load(file, ENVIRON)
     file.write_text("upstreams: {openai: {base_url: https://api.openai.com/v1, api_key: sk-none}}")
-    assert shown.model_copy(update={"routes": ()}) == config.load(
-        file, {"OPENAI_API_KEY": "sk-none"}
-    ).model_copy(update={"routes": ()})
+    examples = {"routes": (), "clients": (), "limits": config.Limits()}
+    plain = config.load(file, {})
+    assert shown.model_copy(update=examples) == plain.model_copy(update=examples)
+
+
+def test_its_example_with_clients_loads(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(EXAMPLE)
+    assert [client.name for client in config.load(file, ENVIRON).clients] == ["web"]
 
 
 def test_every_error_code_is_in_its_table() -> None:

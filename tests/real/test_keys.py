@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,39 @@ def test_without_clients_and_key_the_clients_own_passes(aimock: Upstream, tmp_pa
     with start_proxy(tmp_path, aimock, upstreams={"up": up}) as proxy:
         assert post(proxy.url, {"Authorization": f"Bearer {KEY}"}) == (200, None)
         assert post(proxy.url, {"Authorization": f"Bearer {CLIENT_KEY}"})[0] == 401
+
+
+def offer(header: str, key: str) -> dict[str, str]:
+    return {header: f"Bearer {key}" if header == "Authorization" else key}
+
+
+@pytest.fixture(scope="module")
+def guarded(aimock: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A proxy with one client, and no key to inject: what the upstream wants is a header to it."""
+    up = {"base_url": aimock.base_url, "auth": "none", "headers": {"api-key": KEY}}
+    clients = [{"name": "web", "key": CLIENT_KEY}]
+    folder = tmp_path_factory.mktemp("guarded")
+    with start_proxy(folder, aimock, upstreams={"up": up}, clients=clients) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("header", ["Authorization", "x-api-key", "api-key"])
+def test_a_wrong_client_key_reaches_no_upstream(
+    aimock: Upstream, guarded: Process, header: str
+) -> None:
+    """Nor does the upstream's own, which opens nothing here."""
+    last = aimock.journal()[-1:]
+    for headers in ({}, offer(header, CLIENT_KEY + "x"), offer(header, KEY)):
+        assert post(guarded.url, headers) == (401, "invalid_api_key")
+    assert aimock.journal()[-1:] == last
+    assert post(guarded.url, offer(header, CLIENT_KEY)) == (200, None)
+    assert aimock.journal()[-1:] != last
+
+
+@pytest.mark.parametrize("header", ["Authorization", "x-api-key"])
+def test_a_key_that_identified_a_client_never_goes_up(
+    aimock: Upstream, guarded: Process, header: str
+) -> None:
+    assert post(guarded.url, offer(header, CLIENT_KEY)) == (200, None)
+    arrived = aimock.journal()[-1]["headers"].keys()
+    assert arrived & {"authorization", "x-api-key", "api-key"} == {"api-key"}

@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from proxy import config
+from proxy.auth import Auth
 from proxy.chat import Chat, commit
 from proxy.connection import Receiver
 from proxy.downstream import Sink
@@ -18,7 +19,9 @@ from proxy.exchange import Ask, Exchange, Outcome
 from proxy.forward import Answer, Forwarder
 from proxy.framing import ResponseHead
 from proxy.inbound import Bounds
+from proxy.limits import Limiter
 from proxy.routing import Router
+from proxy.store.memory import MemoryCounters
 
 
 class Upstream:
@@ -70,7 +73,12 @@ class Story:
         models = patterns or ("*",)
         route = config.Route(models=models, name="route", upstreams=("up",))
         self.chat = Chat(
-            Bounds(100, 1), Router([route]), cast(Forwarder, self.forwards), lambda: 7.0
+            Auth([], config.Limits(), ()),
+            Bounds(100, 1),
+            Router([route]),
+            Limiter(MemoryCounters(lambda: 7.0)),
+            cast(Forwarder, self.forwards),
+            lambda: 7.0,
         )
         self.exchange = Exchange("id", "id", "GET", "/v1/models", 0.0)
         self.request = make_mocked_request("GET", "/v1/models?a")

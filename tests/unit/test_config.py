@@ -8,6 +8,7 @@ import os
 import re
 import ssl
 import traceback
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -493,6 +494,32 @@ COMBINED_TROUBLE = [
         ],
     ),
 ]  # fmt: skip
+DIGEST = sha256(CANARY.encode()).hexdigest()
+CLIENT_TROUBLE = [
+    (MINIMAL + "clients: [{name: a}]\n", ["2: clients[0]: needs a key or a key_sha256"]),
+    (
+        MINIMAL + f"clients: [{{name: a, key: {CANARY}, key_sha256: {DIGEST}}}]\n",
+        ["2: clients[0].key_sha256: must not stand beside key: choose one"],
+    ),
+    (
+        MINIMAL + f"clients: [{{name: a, key: {CANARY}}}, {{name: b, key_sha256: {DIGEST}}}]\n",
+        ["2: clients[1]: has the same key as clients[0]"],
+    ),
+    (
+        MINIMAL + "clients: [{name: a, key: x}, {name: a, key: y}]\n",
+        ["2: clients[1].name: must be unique: clients[0] has the same name"],
+    ),
+    (MINIMAL + "clients: [{name: a, key: ' '}]\n", ["2: clients[0].key: must not be blank"]),
+    (MINIMAL + "clients: [{name: anonymous, key: x}]\n", ["2: clients[0].name: must not be"]),
+    (
+        MINIMAL + "limits: {requests: [60/minute, 10/60s]}\n",
+        ["2: limits.requests: must not have two rates over the same time"],
+    ),
+    (
+        MINIMAL + "clients: [{name: a, key: x, limits: {tokens: [1/1h, 2/hour]}}]\n",
+        ["2: clients[0].limits.tokens: must not have two rates over the same time"],
+    ),
+]  # fmt: skip
 NOT_YET = [
     (MINIMAL + "default_model: gpt-4o\n", ["2: default_model: is not available yet: leave it out"]),
     (upstream(max_streams="5"), ["4: upstreams.a.max_streams: is not available yet"]),
@@ -510,11 +537,6 @@ NOT_YET = [
         "routes: [{models: [m], upstreams: [a, b]}]\n"),
         ["2: routes[0].upstreams[1]: failover is not available yet: name one upstream"],
     ),
-    (MINIMAL + f"clients: [{{name: a, key: {CANARY}}}]\n", ["2: clients: is not available yet"]),
-    (MINIMAL + "limits: {requests: 60/minute}\n", ["2: limits: is not available yet"]),
-    (MINIMAL + f"store: redis://:{CANARY}@a\n", ["2: store: is not available yet: leave it out"]),
-    (MINIMAL + "store_failure: deny\n", ["2: store_failure: is not available yet: leave it out"]),
-    (MINIMAL + "store_timeout: 500ms\n", ["2: store_timeout: is not available yet"]),
     (MINIMAL + "resume: {}\n", ["2: resume: is not available yet: leave it out"]),
 ]  # fmt: skip
 NOT_YET_AND_WRONG = [
@@ -533,7 +555,13 @@ NOT_YET_AND_WRONG = [
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    YAML_TROUBLE + KEY_TROUBLE + TYPE_TROUBLE + UPSTREAM_TROUBLE + ROUTE_TROUBLE + COMBINED_TROUBLE,
+    YAML_TROUBLE
+    + KEY_TROUBLE
+    + TYPE_TROUBLE
+    + UPSTREAM_TROUBLE
+    + ROUTE_TROUBLE
+    + COMBINED_TROUBLE
+    + CLIENT_TROUBLE,
 )
 def test_refused(problems, text, expected):
     found = problems(text)
@@ -720,6 +748,34 @@ def test_the_command_line_goes_before_the_file(config, problems):
     assert line.startswith("2: listen: must be a mapping")
 
 
+def test_clients_limits_and_a_store(config):
+    found = config(
+        MINIMAL
+        + f"""clients:
+- {{name: a, key: "{CANARY}", limits: {{requests: null, streams: 3}}}}
+- {{name: b, key_sha256: "{"0" * 64}", models: ["gpt-*"], user_header: X-User}}
+limits: {{requests: [60/minute, 5000/day], tokens: 100000/minute}}
+store: redis://user:p@{CANARY}@redis:6379/1?password={CANARY}&x=y
+store_failure: deny
+store_timeout: 1s
+"""
+    )
+    a, b = found.clients
+    assert (a.digest(), b.digest()) == (DIGEST, "0" * 64)
+    assert a.limits.model_fields_set == {"requests", "streams"}
+    shown = render(found)
+    assert CANARY not in shown
+    assert "store: redis://***@redis:6379/1?password=***&x=y" in shown
+    assert "60/minute" in shown and "5000/1d" not in shown
+    config(shown.replace("'***'", "k"))  # secrets apart, itself a valid config
+
+
+def test_a_redis_needs_its_library(problems, monkeypatch):
+    monkeypatch.setattr("proxy.config.checks.find_spec", lambda _: None)
+    (line,) = problems(MINIMAL + "store: redis://a\n")
+    assert line.startswith("2: store: needs a library: pip install")
+
+
 # The built-in choice ------------------------------------------------------------------------------
 
 
@@ -734,9 +790,11 @@ def test_built_in(config, problems):
     assert openai.upstreams["openai"].base_url == "https://api.openai.com/v1"
     assert openai.upstreams["openai"].api_key == SecretStr(CANARY)
     assert openai.routes[0].upstreams == ("openai",)
-    assert problems(text, {"OPENAI_API_KEY": CANARY + "\n", "SLUICE_KEY": CANARY}) == [
-        "SLUICE_KEY: clients are not available yet: unset it",
+    (client,) = config(text, {"SLUICE_KEY": CANARY}).clients
+    assert (client.name, client.key) == ("sluice", SecretStr(CANARY))
+    assert problems(text, {"OPENAI_API_KEY": CANARY + "\n", "SLUICE_KEY": CANARY + " "}) == [
         "OPENAI_API_KEY: must not have control characters",
+        "SLUICE_KEY: must be visible ASCII without spaces, to stand in a header",
     ]
 
 
@@ -756,11 +814,12 @@ def test_the_shipped_config():
 
 def test_what_the_shipped_config_leaves_commented_out(config):
     text = (ROOT / "config.yaml").read_text()
-    assert config(re.sub(r"(?m)^#(?=[a-z])(?!upstreams|routes)", "", text)) == load(
+    assert config(re.sub(r"(?m)^#(?=[a-z])(?!upstreams|routes|clients|limits)", "", text)) == load(
         ROOT / "config.yaml", {}
     )
     everything = re.sub(r"(?m)^#(?=\S|  )", "", text.replace("\nupstreams: built-in", ""))
-    found = config(everything, {"OPENAI_API_KEY": "x"})
+    found = config(everything, {"OPENAI_API_KEY": "x", "WEB_KEY": "y", "WEBUI_KEY": "z"})
+    assert [client.name for client in found.clients] == ["web", "webui"]
     assert [*found.upstreams] == ["openai", "local"]
     assert [route.name for route in found.routes] == ["local", "*"]
     assert found.upstreams["openai"].timeouts == config(MINIMAL).upstreams["a"].timeouts

@@ -7,6 +7,7 @@ import errno
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -256,6 +257,33 @@ def test_each_read_is_delivered_in_the_same_call(loop: Loop) -> None:
     connection.data_received(b"f\r\n")
     connection.data_received(b"0\r\n")  # no payload, no call
     assert reader.got == [b"abcd", b"e", b"f"]
+
+
+def test_an_answer_in_crumbs_is_read_in_turns(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[Callable[[], None]] = []
+    monkeypatch.setattr(loop, "call_soon", lambda turn, *body: turns.append(partial(turn, *body)))
+    connection, transport = asked()
+    reader = Reader()
+    connection.deliver_to(reader)
+    connection.data_received(CHUNKED + b"1\r\nx\r\n" * 1200 + b"0\r\n\r\n")
+    assert len(reader.got[0]) == 500
+    assert not transport.reading
+    while turns:
+        turns.pop()()
+    assert (b"".join(reader.got), reader.code) == (b"x" * 1200, "whole")
+    assert transport.reading
+
+
+def test_an_end_that_comes_while_crumbs_are_read_comes_last(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "call_soon", lambda *_: None)
+    connection, _ = asked()
+    reader = Reader()
+    connection.deliver_to(reader)
+    connection.data_received(CHUNKED + b"1\r\nx\r\n" * 1200 + b"0\r\n\r\n")
+    connection.connection_lost(None)
+    assert (b"".join(reader.got), reader.code) == (b"x" * 1200, "whole")
 
 
 def test_a_body_until_close(loop: Loop) -> None:

@@ -19,6 +19,7 @@ from proxy.downstream import (
     Server,
     Sink,
     Timeouts,
+    _has_left,
     _taken,
 )
 from proxy.errors import Dialect, ProxyError
@@ -633,19 +634,62 @@ async def test_a_body_in_crumbs_is_read_in_turns(serve: Serve) -> None:
 
 
 async def test_no_more_clients_than_can_be_served() -> None:
-    server = Server(ok, timeouts=lambda: Timeouts(10, 75, 120), refuse=refuse, most=1)
-    first, second = (server(), Transport()), (server(), Transport())
-    for connection, transport in (first, second):
-        connection.connection_made(transport)
-    assert (first[1].ended, second[1].ended) == (None, "abort")
-    second[0].connection_lost(None)
-    third = server(), Transport()
-    first[0].connection_lost(None)
+    server = Server(forever, timeouts=lambda: Timeouts(10, 75, 120), refuse=refuse, most=2)
+    talks = []
+
+    async def comes(says: bytes = b"") -> Transport:
+        talks.append((server(), Transport()))
+        talks[-1][0].connection_made(talks[-1][1])
+        await settle()
+        if says:
+            talks[-1][0].data_received(says)
+            await settle()
+        return talks[-1][1]
+
+    busy, idle = await comes(GET), await comes()
+    third = await comes(GET)
+    assert (busy.ended, idle.ended, third.ended) == (None, "abort", None)  # it makes room
+    talks[1][0].connection_lost(None)
     await settle()
-    third[0].connection_made(third[1])
-    assert third[1].ended is None
-    third[0].connection_lost(None)
+    fourth = await comes()
+    assert (busy.ended, third.ended, fourth.ended) == (None, None, "abort")  # all are at work
+    for connection, _ in talks:
+        connection.connection_lost(None)
     await server.shutdown(0)
+
+
+async def test_a_body_that_nobody_wanted_does_not_deafen_a_connection(serve: Serve) -> None:
+    talk = await serve(ok)
+    said = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n" + b"x" * 400_000
+    talk.connection.data_received(said)
+    await talk.says()
+    assert not talk.client.held
+    assert b"ok" in await talk.says(GET)
+
+
+async def test_a_client_that_leaves_while_it_is_not_read_from(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = False
+    monkeypatch.setattr("proxy.downstream._has_left", lambda _: gone)
+    talk = await serve(forever)
+    await talk.says(GET, GET, b"x" * 70_000)
+    assert talk.client.held
+    talk.server.sweep()
+    assert talk.client.ended is None
+    gone = True
+    talk.server.sweep()
+    assert talk.client.ended == "abort"
+
+
+def test_a_client_has_left_when_it_has_closed_its_side() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        transport = Mock(get_extra_info=lambda _: ours)
+        theirs.send(b"unread")
+        assert not _has_left(transport)
+        theirs.shutdown(socket.SHUT_WR)
+        assert _has_left(transport)
 
 
 async def test_a_head_that_is_arriving_is_not_idle(serve: Serve, now: Now) -> None:

@@ -15,6 +15,8 @@ TABLE = {
     "invalid_event_id": (400, "invalid_request_error"),
     "invalid_api_key": (401, "invalid_request_error"),
     "invalid_ticket": (401, "invalid_request_error"),
+    "rate_limit_exceeded": (429, "requests"),
+    "concurrency_limit_exceeded": (429, "requests"),
     "model_not_allowed": (403, "permission_error"),
     "origin_not_allowed": (403, "permission_error"),
     "unknown_url": (404, "invalid_request_error"),

@@ -51,7 +51,7 @@ def test_an_ask_shows_nothing_of_what_it_holds() -> None:
     canary = b"sk-canary"
     for body in (canary, None):
         ask = Ask("POST", b"/x?key=" + canary, ((b"Authorization", canary),), body, model="m")
-        assert repr(ask) == "Ask(method='POST', model='m', stream=False)"
+        assert repr(ask) == "Ask(method='POST', model='m', stream=False, identity=False)"
 
 
 @pytest.mark.parametrize(

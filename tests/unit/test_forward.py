@@ -144,6 +144,7 @@ async def test_the_request_as_it_is_sent() -> None:
         b'{"stream":true}',
         model="m",
         stream=True,
+        identity=True,
     )
     await story.answered(ask=ask)
     assert story.wire.sent == (

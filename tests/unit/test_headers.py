@@ -21,8 +21,8 @@ from proxy.headers import (
 
 HOST = (b"Host", b"up.example:8443")
 VIA = (b"Via", b"1.1 sluice")
-PLAIN = UpstreamRules(b"up.example:8443", (), injects=False)
-INJECTING = UpstreamRules(b"up.example:8443", (), injects=True)
+PLAIN = UpstreamRules(b"up.example:8443", (), drops_credentials=False)
+INJECTING = UpstreamRules(b"up.example:8443", (), drops_credentials=True)
 OURS = (b"Authorization", b"Bearer ours")
 
 
@@ -111,7 +111,7 @@ def test_connection_nominates_more(options: list[bytes]) -> None:
 
 def test_connection_cannot_nominate_away_what_we_write() -> None:
     nominations = (b"Connection", b"host, via, authorization, content-length, accept-encoding")
-    rules = UpstreamRules(HOST[1], ((b"X-Fixed", b"1"),), injects=True)
+    rules = UpstreamRules(HOST[1], ((b"X-Fixed", b"1"),), drops_credentials=True)
     length = (b"Content-Length", b"5")
     assert up(nominations, rules=rules, credential=OURS, framing=length, identity=True) == [
         (b"X-Fixed", b"1"),
@@ -160,7 +160,7 @@ def test_a_clients_credential_passes_only_where_we_have_none(name: bytes) -> Non
 
 def test_fixed_fields_replace_the_clients() -> None:
     fixed = ((b"OpenAI-Organization", b"ours"), (b"X-Fixed", b"1"))
-    rules = UpstreamRules(HOST[1], fixed, injects=False)
+    rules = UpstreamRules(HOST[1], fixed, drops_credentials=False)
     assert up(
         (b"openai-ORGANIZATION", b"theirs"),
         (b"A", b"1"),

@@ -60,6 +60,7 @@ def test_paths_that_are_mapped(target: str, mapped: bytes) -> None:
 DOTS = [
     ".", "..", "%2e", "%2E%2e", ".%2e", "%2e.", "%252e%252e", "%25252e%25252e", "%2525%32e.",
     "..;", "..;a=b", ".;", "%2e%2e%3b", "..%3Bx", "%c0%ae%c0%ae", "%c0%ae.", "%e0%80%ae.",
+    "..%00", "..%23", "%2e%2e%3f",
     "%f0%80%80%ae.", "%25c0%25ae", "..%2f", "..%2fetc", "x%2f..", "x%2f..%2fy", "x%252f..%252fy",
     "x%c0%afy", "..%5c", "\\", "a\\b", "%5c", "%5C..", "%255c", "..\\", "\u005c",
 ]  # fmt: skip
@@ -381,3 +382,15 @@ def test_a_path_that_is_encoded_again_and_again_costs_little() -> None:
     with pytest.raises(ProxyError) as caught:
         upstream_target("/v1/%" + "25" * 8000)
     assert (caught.value.code, "again and again" in caught.value.message) == ("invalid_path", True)
+
+
+async def test_a_body_in_crumbs_costs_its_own_size() -> None:
+    crumbs = [b"ab"] * 50_000
+    request = asking("POST", "/v1/x", *crumbs, Content_Type="application/json")
+    assert len((await read_ask(request, Bounds(200_000, 1))).body or b"") == 100_000  # type: ignore[arg-type]
+
+
+async def test_an_upload_that_is_malformed_already_asks_nobody() -> None:
+    error = ProxyError("invalid_request", "malformed", close=True)
+    request = asking("POST", "/v1/x", error=error, Content_Type="text/plain")
+    assert await refused(request) is error

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy import __version__, config
+from proxy.errors import ProxyError
 from proxy.exchange import Exchange, Outcome
 from proxy.observe import CONTENT_TYPE, Observer, new_id
 
@@ -116,6 +117,8 @@ async def test_metrics_are_those_of_the_interface(observer: Observer, clock: Clo
         observer, clock, route="gpt-4o", model="gpt-4o", upstream="up", status=200, stream=True,
         outcome=Outcome.COMPLETED, attempt_results=[("up", "answer")], first_byte=101.0, read=100.0,
         forwarded=100.5, first_token=102.0, last_payload=105.0, chunks=5, bytes_down=9, bytes_up=4,
+        tokens_in=3, tokens_out=4, tokens_source="upstream",
+        error=ProxyError("rate_limit_exceeded", "", limit="tokens"),
     )  # fmt: skip
     for family in text_string_to_metric_families(observer.render().decode()):
         if not family.name.startswith("sluice_"):
@@ -136,6 +139,32 @@ async def test_metrics_are_those_of_the_interface(observer: Observer, clock: Clo
                 raise AssertionError(f"{family.name} is a {other}")
         assert family.documentation
         assert family.samples
+
+
+async def test_tokens_refusals_and_failures(observer: Observer, clock: Clock) -> None:
+    play(
+        observer, clock, client="web", model="gpt-4o", tokens_in=30, tokens_out=12,
+        tokens_source="estimated", stream=True, status=200, first_byte=101.0, first_token=102.0,
+        last_payload=105.0, chunks=3,
+    )  # fmt: skip
+    for kind in ("requests", "streams"):
+        error = ProxyError("rate_limit_exceeded", "", limit=kind)
+        play(observer, clock, client="web", status=429, error=error)
+    play(observer, clock, status=401, error=ProxyError("invalid_api_key", ""))
+    play(observer, clock, client="web", tokens_in=0, tokens_out=0, tokens_source="upstream")
+    observer.store_failed()
+    found = samples(observer)
+    for name, value in {
+        "sluice_tokens_total{client=web,model=gpt-4o,source=estimated,type=input}": 30,
+        "sluice_tokens_total{client=web,model=gpt-4o,source=estimated,type=output}": 12,
+        "sluice_limit_rejections_total{client=web,limit=requests}": 1,
+        "sluice_limit_rejections_total{client=web,limit=streams}": 1,
+        "sluice_auth_failures_total": 1,
+        "sluice_store_errors_total": 1,
+        "sluice_output_tokens_per_second_sum{route=none}": 4,
+    }.items():
+        assert found[name] == value, name
+    assert sum("sluice_tokens_total" in name for name in found) == 2
 
 
 async def test_a_streams_numbers(observer: Observer, clock: Clock) -> None:

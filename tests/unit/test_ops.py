@@ -14,8 +14,10 @@ from proxy import config
 from proxy.connection import UpstreamConnection
 from proxy.errors import ProxyError
 from proxy.exchange import Exchange, Phase
+from proxy.limits import Limiter
 from proxy.observe import Observer
 from proxy.ops import Ops
+from proxy.store.memory import MemoryCounters
 from proxy.upstreams import Upstream
 
 KEY = {"Authorization": "Bearer admin-key"}
@@ -25,6 +27,10 @@ async def nowhere() -> UpstreamConnection:
     raise AssertionError
 
 
+class Counters(MemoryCounters):
+    last_error: str | None = None  # type: ignore[assignment]
+
+
 class Story:
     def __init__(self, admin_key: str | None = "admin-key") -> None:
         settings = config.Upstream(base_url="http://up.example")
@@ -32,11 +38,13 @@ class Story:
         loaded = config.Config(upstreams={"a": settings, "b": settings}, store="memory")
         self.observer = Observer(loaded, lambda: 110.0)
         self.draining = False
+        self.counters = Counters(lambda: 110.0)
         self.ops = Ops(
             self.observer,
             admin_key,
             draining=lambda: self.draining,
             upstreams=lambda: self.upstreams,
+            limiter=Limiter(self.counters),
             clock=lambda: 110.0,
         )
 

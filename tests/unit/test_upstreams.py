@@ -84,7 +84,7 @@ async def test_where_its_connections_go(
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     settings = config.Upstream.model_validate({"base_url": base_url, "egress": egress})
-    up = build({"up": settings}, lambda: nowhere)["up"]
+    up = build(config.Config(store="memory", upstreams={"up": settings}), lambda: nowhere)["up"]
     with pytest.raises(ProxyError) as caught:
         await up.pool.acquire()
     assert asked == [looked_up]
@@ -106,7 +106,7 @@ def test_its_credential(settings: dict[str, Any], credential: Header | None) -> 
     up = upstream(**settings)
     assert up.credential() == credential
     assert up.injects == (credential is not None)
-    assert up.rules.injects == up.injects
+    assert up.rules.drops_credentials == up.injects
     assert (b"authorization" in up.dropped) == up.injects
 
 
@@ -152,7 +152,7 @@ async def test_the_demo_upstream_is_given_its_connections() -> None:
         "demo": config.Upstream(base_url="demo://"),
         "up": config.Upstream(base_url="http://127.0.0.1:9"),
     }
-    built = build(settings, demo)
+    built = build(config.Config(store="memory", upstreams=settings), demo)
     assert list(built) == ["demo", "up"]
     assert [up.name for up in built.values()] == ["demo", "up"]
     assert len(asked) == 1

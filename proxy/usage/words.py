@@ -1,0 +1,55 @@
+"""F0 usage.words: which endpoints generate, and what a generation costs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from urllib.parse import unquote
+
+
+class Endpoint(Enum):
+    """What answers to a path, as far as it uses tokens."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+    NONE = ""
+
+    @classmethod
+    def of(cls, path: str) -> Endpoint:
+        """The endpoint of a request path (without its query), in whatever spelling an upstream may
+        understand: no limit is passed by writing `/v1/chat/complet%69ons/`."""
+        return _ENDPOINTS.get(path) or _ENDPOINTS.get(_normal(path), cls.NONE)
+
+
+_ENDPOINTS = {endpoint.value: endpoint for endpoint in Endpoint if endpoint.value}
+
+
+def _normal(path: str) -> str:
+    segments = (segment.partition(";")[0] for segment in unquote(path).lower().split("/"))
+    return "/" + "/".join(filter(None, segments))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of the prompt (cached ones included) and of what was written."""
+
+    input: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        return self.input + self.output
+
+
+# What states a usage holds this, and no string does: its quotes would be escaped.
+STATED = re.compile(rb'"usage"\s*:\s*\{')
+
+
+def tokens_of(characters: int) -> int:
+    """How many tokens that much text is, by the estimate that holds everywhere: a quarter, rounded
+    up."""
+    return -(-characters // 4)
