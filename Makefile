@@ -57,6 +57,7 @@ bench: .venv/.dev
 	@$(PY) -m bench --bare $(ARGS)
 
 # --universal: one file for every platform and Python from 3.11 on. No index's address is written.
+# With the redis extra: what make run and the image install has every store.
 LOCK = $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 lock: .venv/.dev

@@ -121,7 +121,8 @@ class Exchange:
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint.of(self.path)
+        """What answers, as far as it generates: reading or deleting what was stored does not."""
+        return Endpoint.of(self.path) if self.method == "POST" else Endpoint.NONE
 
     @property
     def tokens(self) -> int:

@@ -59,6 +59,9 @@ _RATE_LIMITS = frozenset(
     for kind in ("requests", "tokens")
 )
 
+# Some gateways write 192.0.2.1:1234 or [2001:db8::1]:1234.
+_PORT = re.compile(r"^(\[[^\]]*\]|[0-9.]+):[0-9]+\Z")
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -171,7 +174,9 @@ def client_address(
     Only a trusted peer is believed at all. `forwarded_for` holds the header's values in order.
     """
     address = peer
-    entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
+    entries = [
+        _PORT.sub(r"\1", entry.strip()) for value in forwarded_for for entry in value.split(",")
+    ]
     while entries and _is_trusted(address, trusted):
         address = entries.pop()
     return address

@@ -74,9 +74,11 @@ class Limiter:
         its body (Expect). Raises what `admit` raises."""
         if not client.limits.any:
             return
-        windows, slot = _wanted(client, exchange, least=1)
+        generates = exchange.endpoint is not Endpoint.NONE
+        windows, slot = _wanted(client, exchange, least=int(generates))
         admission = await self._acquire(windows, slot, exchange)
         await admission.by.settle([*windows["requests"], *windows["tokens"]], slot)
+        exchange.limits = ()  # that was before it was given back
 
     async def renew(self) -> None:
         """Keeps the slots of all open requests; to be called every RENEW_EVERY seconds."""

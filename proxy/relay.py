@@ -23,6 +23,7 @@ from proxy.sse import FirstToken, Tap
 from proxy.usage import Endpoint, Meter, Usage, UsageStripper, usage_of
 from proxy.usage.words import tokens_of
 
+_LONG_TAIL = 16 * 1024  # bytes
 _OUTCOMES = {
     "idle": Outcome.IDLE_TIMEOUT,
     "total": Outcome.TOTAL_TIMEOUT,
@@ -39,7 +40,8 @@ class Lane:
     def __init__(
         self, answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]
     ) -> None:
-        self.tap = Tap()
+        # Behind the usage of Responses stands what the client has said of itself, up to 8 KiB and more.
+        self.tap = Tap(_LONG_TAIL) if exchange.endpoint is Endpoint.RESPONSES else Tap()
         self.whole = False
         self.ending: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
         self._answer = answer
@@ -155,7 +157,9 @@ def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
         usage = usage_of(exchange.endpoint, stream, tap.head, tap.tail)
     exchange.tokens_source = "upstream" if usage else "estimated"
     if usage is None:
-        prompt = exchange.prompt.input if exchange.prompt else 0
+        prompt = 0
+        if exchange.prompt is not None:  # of a body of unknown length, what has gone up of it
+            prompt = exchange.prompt.input or tokens_of(exchange.bytes_up)
         written = meter.tokens if answer.is_plain else tokens_of(exchange.bytes_down)
         usage = Usage(prompt, written)
     exchange.tokens_in, exchange.tokens_out = usage.input, usage.output

@@ -46,9 +46,10 @@ _LAST_EVENT = re.compile(
 class Tap:
     """Remembers the first and the last few KiB of a body, at the cost of an append per piece."""
 
-    __slots__ = ("_tail", "_tail_size", "_whole", "head")
+    __slots__ = ("_keep", "_tail", "_tail_size", "_whole", "head")
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = _KEEP) -> None:
+        self._keep = keep  # bytes of the tail
         self.head = b""
         self._tail: deque[bytes] = deque()
         self._tail_size = 0
@@ -57,11 +58,11 @@ class Tap:
     def remember(self, payload: bytes) -> None:
         if len(self.head) < _KEEP:
             self.head += payload[: _KEEP - len(self.head)]
-        if len(payload) > _KEEP:
-            payload = _without_middle(payload)
+        if len(payload) > self._keep:
+            payload = _without_middle(payload, self._keep)
         self._tail.append(payload)
         self._tail_size += len(payload)
-        while self._tail_size - len(self._tail[0]) >= _KEEP:
+        while self._tail_size - len(self._tail[0]) >= self._keep:
             self._tail_size -= len(self._tail.popleft())
             self._whole = False
 
@@ -95,13 +96,14 @@ class Tap:
         return int(numbers[-1]) + 1 if numbers else 0
 
 
-def _without_middle(payload: bytes) -> bytes:
+def _without_middle(payload: bytes, keep: int) -> bytes:
     """A large piece as its last event's beginning and its own end: Responses' last event repeats
     the whole answer, and what it is stands in front."""
     blank = payload.rfind(b"\n\n", 0, -2)
-    begin = blank + 2 if blank >= 0 else 0
-    end = max(begin + _EVENT_BEGIN, len(payload) - _KEEP)
-    return payload[begin : begin + _EVENT_BEGIN] + payload[end:]
+    begin, end = max(0, blank + 2 if blank >= 0 else 0), len(payload) - keep
+    if begin >= end:
+        return payload[end:]  # with what stands before the last event: usage, in most dialects
+    return payload[begin : begin + _EVENT_BEGIN] + payload[max(begin + _EVENT_BEGIN, end) :]
 
 
 class FirstToken:

@@ -6,10 +6,10 @@ nobody if there is none, and one task alone tries the store every PROBE_EVERY se
 answers, which closes the breaker again.
 
 What the fallback admitted is settled there. What the store admitted before it failed is settled with
-the store, or not at all: such a settlement is lost, and counted as an error. The reservation then
-stands until time has paid it back; the lease lapses. A call that ran out of time may have been
-heard all the same, or be heard later (a paused Redis reads on from its socket as it wakes): then
-it counts twice, there and in the fallback. It is never asked again on the chance.
+the store, or not at all: such a settlement is lost, though counted as an error. The reservation
+then stands until time has paid it back; the lease lapses. A call that ran out of time may have been
+heard all the same, or be heard later (a paused Redis reads on from its sockets as it wakes): then
+it counts twice, there and in the fallback. So nothing is asked again on the chance.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Guard:
     """`primary` while it answers within `timeout` seconds, else `fallback`.
 
     Without a fallback `acquire` raises Unavailable meanwhile. `name` says in logs which store it
-    is. `on_error` is called for each call of the store that failed, and each lost settlement.
+    is. `on_error` is called for each call that the store did not answer, tried or not.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ class Counters(Protocol):
     async def acquire(self, buckets: Sequence[Bucket], slot: Slot | None = None) -> Admission:
         """Takes every cost and the slot, if every bucket has it and the slot is free; else nothing.
 
-        Raises Unavailable.
+        No key stands twice among the buckets. Raises Unavailable.
         """
 
     async def settle(self, buckets: Sequence[Bucket], slot: Slot | None = None) -> None:

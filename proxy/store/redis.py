@@ -6,11 +6,9 @@ out as whatever redis-py raises: `guard` sorts that out, and sees to it that a c
 
 from __future__ import annotations
 
-import asyncio
 import pkgutil
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
 
 from redis.asyncio import ConnectionPool, Redis
 
@@ -27,13 +25,11 @@ class RedisCounters:
 
     def __init__(self, url: str, clock: Callable[[], float] | None = None) -> None:
         self._clock = clock
-        # Without timeouts and retries of its own: the guard gives each call one time for all it
-        # does. RESP2: with RESP3 the pool may keep a connection that has unread input, and its next
-        # user would read an answer to somebody else.
-        # There are as many connections as calls at once.
+        # Without timeouts, retries (the default here) and a bound of its own: the guard gives each
+        # call one time for all it does, and makes only so many at once. RESP2: with RESP3 the pool
+        # keeps connections that have unread input, and the next call would read another's answer.
         pool = ConnectionPool.from_url(
             url,
-            max_connections=None,
             socket_timeout=None,
             socket_connect_timeout=None,
             protocol=2,
@@ -46,7 +42,7 @@ class RedisCounters:
 
     async def acquire(self, buckets: Sequence[Bucket], slot: Slot | None = None) -> Admission:
         wanted = [(each.size, each.refill, each.cost) for each in buckets]
-        arguments: list[object] = [self._time(), LAPSE, SLACK, *chain.from_iterable(wanted)]
+        arguments: list[float | str] = [self._time(), LAPSE, SLACK, *chain.from_iterable(wanted)]
         if slot is not None:
             arguments += [slot.limit, slot.lease]
         admitted, in_use, *levels = await self._acquire(_keys(buckets, slot), arguments)
@@ -56,7 +52,7 @@ class RedisCounters:
 
     async def settle(self, buckets: Sequence[Bucket], slot: Slot | None = None) -> None:
         wanted = [(each.size, each.refill, each.cost) for each in buckets]
-        arguments: list[object] = [self._time(), *chain.from_iterable(wanted)]
+        arguments: list[float | str] = [self._time(), *chain.from_iterable(wanted)]
         if slot is not None:
             arguments.append(slot.lease)
         await self._settle(_keys(buckets, slot), arguments)
@@ -66,7 +62,7 @@ class RedisCounters:
         for slot in slots:
             leases.setdefault(_slot_key(slot), []).append(slot.lease)
         # Joined: redis-py takes 5 µs of the event loop for each argument, and these may be thousands.
-        arguments: list[object] = [self._time(), LAPSE, *map(" ".join, leases.values())]
+        arguments: list[float | str] = [self._time(), LAPSE, *map(" ".join, leases.values())]
         await self._renew(list(leases), arguments)
 
     async def close(self) -> None:

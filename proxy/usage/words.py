@@ -21,16 +21,23 @@ class Endpoint(Enum):
     @classmethod
     def of(cls, path: str) -> Endpoint:
         """The endpoint of a request path (without its query), in whatever spelling an upstream may
-        understand: no limit is passed by writing `/v1/chat/complet%69ons/`."""
-        return _ENDPOINTS.get(path) or _ENDPOINTS.get(_normal(path), cls.NONE)
+        understand, and below whatever folder: no limit is passed by writing
+        `/v1/chat/complet%69ons/`, and some have `/v1/deployments/NAME/chat/completions`."""
+        return _ENDPOINTS.get(path) or _found(path)
 
 
 _ENDPOINTS = {endpoint.value: endpoint for endpoint in Endpoint if endpoint.value}
 
 
-def _normal(path: str) -> str:
-    segments = (segment.partition(";")[0] for segment in unquote(path).lower().split("/"))
-    return "/" + "/".join(filter(None, segments))
+def _found(path: str) -> Endpoint:
+    segments = [segment.partition(";")[0] for segment in unquote(path).lower().split("/")]
+    names = [segment for segment in segments if segment not in ("", "v1")]
+    if names[-2:] == ["chat", "completions"]:
+        return Endpoint.CHAT
+    # Below a folder `messages` are those of a thread, which generate nothing.
+    if len(names) > 1 and names[-1] == "messages":
+        return Endpoint.NONE
+    return _ENDPOINTS.get(f"/v1/{names[-1]}", Endpoint.NONE) if names else Endpoint.NONE
 
 
 @dataclass(frozen=True, slots=True)

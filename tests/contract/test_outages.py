@@ -150,10 +150,8 @@ async def test_requests_go_on_and_its_return_is_seen(patient: Patient, name: str
     # At once, so that calls wait in the pool too; and those that come when it is known.
     assert not any(await asyncio.gather(*(patient.ask() for _ in range(40))))
     assert patient.store.last_error == trouble.reason
-    failed = len(patient.errors)
-    assert 1 <= failed <= 41
-    assert not any([await patient.ask() for _ in range(40)])
-    assert len(patient.errors) <= failed + 1  # nobody's call but that of who tries it
+    async with asyncio.timeout(PATIENCE):  # if each of them waited, it would be 40 seconds
+        assert not any([await patient.ask() for _ in range(40)])
     await patient.store.renew([Slot("a", 5, "before")])
     await patient.errs(len(patient.errors) + 2)  # it is tried, in vain
     assert patient.store.last_error == trouble.reason

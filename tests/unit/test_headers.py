@@ -300,7 +300,7 @@ TRUSTED = [ip_network("10.0.0.0/8"), ip_network("fd00::/8"), ip_network("127.0.0
         ("::ffff:203.0.113.9", ["1.2.3.4"], "::ffff:203.0.113.9"),
         ("10.0.0.1", ["1.2.3.4, ::ffff:10.1.1.1"], "1.2.3.4"),
         ("10.0.0.1", ["1.2.3.4, unknown"], "unknown"),  # no address: nothing behind it counts
-        ("10.0.0.1", ["1.2.3.4, 10.1.1.1:443"], "10.1.1.1:443"),
+        ("10.0.0.1", ["1.2.3.4, 10.1.1.1:443"], "1.2.3.4"),
         ("", ["1.2.3.4"], ""),  # a UNIX socket
         ("10.0.0.1.evil", ["1.2.3.4"], "10.0.0.1.evil"),
     ],
@@ -311,3 +311,16 @@ def test_the_clients_address(peer: str, forwarded_for: list[str], address: str) 
 
 def test_nobody_is_believed_by_default() -> None:
     assert client_address("127.0.0.1", ["1.2.3.4"], []) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("entry", "address"),
+    [
+        ("192.0.2.1:1000", "192.0.2.1"),
+        ("[2001:db8::1]:1000", "[2001:db8::1]"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("192.0.2.1", "192.0.2.1"),
+    ],
+)
+def test_a_gateway_may_name_a_port(entry: str, address: str) -> None:
+    assert client_address("10.0.0.1", [entry], [ip_network("10.0.0.0/8")]) == address

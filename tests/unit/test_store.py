@@ -47,7 +47,7 @@ async def test_allow_counts_in_this_process_while_redis_is_away(scheme: str) -> 
         assert isinstance(counters, Guard)
         assert counters.last_error is None  # nothing has been asked yet
         assert [(await counters.acquire([BUCKET])).levels for _ in range(3)] == [(9,), (8,), (7,)]
-        assert (counters.last_error, errors) == ("ConnectionError", [None])
+        assert (counters.last_error, len(errors)) == ("ConnectionError", 3)
 
 
 async def test_deny_admits_nobody_while_redis_is_away() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 
 from proxy.store import Admission, Bucket, Slot, Unavailable
-from proxy.store.guard import PROBE_EVERY, Guard
+from proxy.store.guard import AT_ONCE, PROBE_EVERY, Guard
 from proxy.store.memory import MemoryCounters
 
 BUCKETS = [Bucket("a", 10, 1, 1)]
@@ -147,6 +147,16 @@ async def test_what_takes_as_long_as_it_may_is_in_time() -> None:
     assert await stage.ask() == (stage.guard, pytest.approx(0.499))
 
 
+@leaping
+async def test_a_burst_waits_its_turn_and_is_no_failure() -> None:
+    stage = Stage()
+    stage.store.takes = 0.2
+    answers = await asyncio.gather(*(stage.ask() for _ in range(10 * AT_ONCE)))
+    assert {by for by, _ in answers} == {stage.guard}
+    assert max(waited for _, waited in answers) == pytest.approx(10 * 0.2)
+    assert stage.errors == 0
+
+
 # While it fails
 
 
@@ -182,6 +192,7 @@ async def test_of_a_thousand_callers_of_a_hung_store_one_waits() -> None:
     waited = [(await stage.ask())[1] for _ in range(1_000)]
     assert waited == [pytest.approx(TIMEOUT)] + [0] * 999
     assert stage.store.heard == ["acquire"]
+    assert stage.errors == 1_000
     await stage.guard.close()
 
 
@@ -189,9 +200,9 @@ async def test_of_a_thousand_callers_of_a_hung_store_one_waits() -> None:
 async def test_those_who_come_at_once_wait_for_one_timeout_together() -> None:
     stage = Stage()
     stage.store.takes = HANGS
-    answers = await asyncio.gather(*(stage.ask() for _ in range(40)))
-    assert answers == [(stage.fallback, pytest.approx(TIMEOUT))] * 40
-    assert stage.errors == 40
+    answers = await asyncio.gather(*(stage.ask() for _ in range(10 * AT_ONCE)))
+    assert answers == [(stage.fallback, pytest.approx(TIMEOUT))] * 10 * AT_ONCE
+    assert stage.store.heard == ["acquire"] * AT_ONCE
     await stage.guard.close()
 
 
@@ -220,12 +231,12 @@ async def test_its_return_is_seen_without_any_traffic(
     while stage.guard.last_error:
         await asyncio.sleep(0.01)
     assert now() - gone <= PROBE_EVERY + TIMEOUT
+    assert stage.errors == 21  # the call, and each try
     assert (await stage.ask())[0] is stage.guard
     assert said() == [
         ("store_unavailable", {"store": "redis://here", "reason": "ConnectionError"}),
         ("store_recovered", {"store": "redis://here", "seconds": pytest.approx(21)}),
     ]
-    assert stage.errors == 21  # the call, and each try
     assert stage.store.heard == ["acquire"] + ["probe"] * 21 + ["acquire"]
 
 
