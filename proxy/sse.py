@@ -100,7 +100,7 @@ def _without_middle(payload: bytes, keep: int) -> bytes:
     """A large piece as its last event's beginning and its own end: Responses' last event repeats
     the whole answer, and what it is stands in front."""
     blank = payload.rfind(b"\n\n", 0, -2)
-    begin, end = max(0, blank + 2 if blank >= 0 else 0), len(payload) - keep
+    begin, end = (blank + 2 if blank >= 0 else 0), len(payload) - keep
     if begin >= end:
         return payload[end:]  # with what stands before the last event: usage, in most dialects
     return payload[begin : begin + _EVENT_BEGIN] + payload[max(begin + _EVENT_BEGIN, end) :]

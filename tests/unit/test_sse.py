@@ -413,3 +413,18 @@ def test_events_without_a_token_are_not_kept() -> None:
     watch = FirstToken()
     for _ in range(1000):
         assert not watch.seen_in(event({"type": "ping", "padding": "x" * 1000}))
+
+
+def test_a_large_piece_keeps_what_stands_before_a_short_last_event() -> None:
+    tap = Tap()
+    usage = b'data: {"usage":{"prompt_tokens":9}}\n\n'
+    tap.remember(b'data: {"choices":[]}\n\n' * 500 + usage + b"data: [DONE]\n\n")
+    assert tap.tail.endswith(usage + b"data: [DONE]\n\n")
+    assert len(tap.tail) <= 2 * 4096
+
+
+def test_a_tap_may_keep_more_of_the_end() -> None:
+    tap = Tap(16 * 1024)
+    for _ in range(100):
+        tap.remember(b"x" * 1000)
+    assert 16 * 1024 <= len(tap.tail) <= 17 * 1024
