@@ -154,7 +154,7 @@ def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
         return
     usage = None
     if answer.is_plain and (stream or lane.whole):
-        usage = usage_of(exchange.endpoint, stream, tap.head, tap.tail)
+        usage = usage_of(exchange.endpoint, stream, tap.head, tap.tail[-tap.keep :])
     exchange.tokens_source = "upstream" if usage else "estimated"
     if usage is None:
         prompt = 0

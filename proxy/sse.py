@@ -46,10 +46,10 @@ _LAST_EVENT = re.compile(
 class Tap:
     """Remembers the first and the last few KiB of a body, at the cost of an append per piece."""
 
-    __slots__ = ("_keep", "_tail", "_tail_size", "_whole", "head")
+    __slots__ = ("_tail", "_tail_size", "_whole", "head", "keep")
 
     def __init__(self, keep: int = _KEEP) -> None:
-        self._keep = keep  # bytes of the tail
+        self.keep = keep  # bytes of the tail
         self.head = b""
         self._tail: deque[bytes] = deque()
         self._tail_size = 0
@@ -58,11 +58,11 @@ class Tap:
     def remember(self, payload: bytes) -> None:
         if len(self.head) < _KEEP:
             self.head += payload[: _KEEP - len(self.head)]
-        if len(payload) > self._keep:
-            payload = _without_middle(payload, self._keep)
+        if len(payload) > self.keep:
+            payload = _without_middle(payload, self.keep)
         self._tail.append(payload)
         self._tail_size += len(payload)
-        while self._tail_size - len(self._tail[0]) >= self._keep:
+        while self._tail_size - len(self._tail[0]) >= self.keep:
             self._tail_size -= len(self._tail.popleft())
             self._whole = False
 

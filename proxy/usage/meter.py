@@ -28,11 +28,14 @@ _KEYS = {
     (Endpoint.MESSAGES, False): ("text", "thinking"),
 }
 _STRING = rb'([^"\\]*+(?:\\.[^"\\]*+)*+)'  # up to its closing quote, or as far as it has come
-_VALUE = {
-    kind: re.compile(rb'"(?:%b)": ?"%b' % ("|".join(keys).encode(), _STRING))
+# One pattern a key, used where the key is: a literal beginning is found faster than one of several.
+_VALUES = {
+    kind: [
+        (b'"%b":' % key.encode(), re.compile(rb'"%b": ?"%b' % (key.encode(), _STRING)))
+        for key in keys
+    ]
     for kind, keys in _KEYS.items()
 }
-_NOTHING = re.compile(rb"(?!)")
 # vLLM tells reasoning twice, by its new name and its old one (vllm #27755): once is enough.
 _REASONING = b'"reasoning":'
 _TOLD_AGAIN = re.compile(rb'"reasoning": ?"%b", ?(?="reasoning_content": ?"\1")' % _STRING)
@@ -51,10 +54,10 @@ class Meter:
     Of what was fed, less than `_BATCH` bytes are kept.
     """
 
-    __slots__ = ("_characters", "_pieces", "_size", "_value")
+    __slots__ = ("_characters", "_pieces", "_size", "_values")
 
     def __init__(self, endpoint: Endpoint, stream: bool) -> None:
-        self._value = _VALUE.get((endpoint, stream), _NOTHING)
+        self._values = _VALUES.get((endpoint, stream), [])
         self._characters = 0
         self._pieces: list[bytes] = []  # not counted yet; they begin outside of strings
         self._size = 0
@@ -98,7 +101,11 @@ class Meter:
         """The characters of all values in a text that begins outside of strings."""
         if _REASONING in text:
             text = _TOLD_AGAIN.sub(b"", text)
-        values = _unquoted(b"".join(self._value.findall(text)))
+        found: list[bytes] = []
+        for key, value in self._values:
+            if key in text:
+                found += value.findall(text)
+        values = _unquoted(b"".join(found))
         characters = len(values.translate(None, _CONTINUATION))
         if escapes := values.count(b"\\"):
             characters -= escapes + 4 * values.count(b"\\u") + len(_HIGH_SURROGATE.findall(values))

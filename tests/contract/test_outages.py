@@ -83,12 +83,18 @@ async def watched(
             await store.close()
 
 
+@asynccontextmanager
+async def in_care(folder: Path, failure: Literal["allow", "deny"]) -> AsyncIterator[Patient]:
+    errors: list[None] = []
+    with redis_server(folder) as server, library.Redis(port=server.port) as operator:
+        async with watched(server.url, errors, failure) as store:
+            yield Patient(server, operator, store, errors)
+
+
 @pytest.fixture
 async def patient(tmp_path: Path) -> AsyncIterator[Patient]:
-    errors: list[None] = []
-    with redis_server(tmp_path) as server, library.Redis(port=server.port) as operator:
-        async with watched(server.url, errors) as store:
-            yield Patient(server, operator, store, errors)
+    async with in_care(tmp_path, "allow") as patient:
+        yield patient
 
 
 @pytest.fixture
@@ -197,37 +203,26 @@ async def test_idle_connections_that_a_restart_ended_are_no_trouble(patient: Pat
 
 @pytest.mark.usefixtures("said")
 async def test_deny_admits_nobody_meanwhile(tmp_path: Path) -> None:
-    errors: list[None] = []
-    with redis_server(tmp_path) as server:
-        async with watched(server.url, errors, failure="deny") as store:
-            patient = Patient(server, library.Redis(), store, errors)
-            assert await patient.ask()
-            server.kill()
-            for _ in range(3):
-                with pytest.raises(Unavailable):
-                    await patient.ask()
-            server.start()
-            await patient.recovers()
-            assert await patient.ask()
+    async with in_care(tmp_path, "deny") as patient:
+        assert await patient.ask()
+        patient.server.kill()
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                await patient.ask()
+        patient.server.start()
+        await patient.recovers()
+        assert await patient.ask()
 
 
 # Servers that never were any good
 
 
-async def test_none_there_at_all() -> None:
-    errors: list[None] = []
-    async with watched(f"redis://127.0.0.1:{free_port()}", errors) as store:
-        assert (await store.acquire([BUCKET])).by is not store
-        assert store.last_error == "ConnectionError"
-
-
-@pytest.mark.parametrize("url", ["redis://no-such-host.invalid", "unix:///no/such/socket"])
-async def test_an_address_that_leads_nowhere(url: str) -> None:
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "unix:///no/such/socket"])
+async def test_none_there_at_all(url: str) -> None:
     errors: list[None] = []
     async with watched(url, errors) as store:
-        async with asyncio.timeout(PATIENCE):
-            assert (await store.acquire([BUCKET])).by is not store
-        assert store.last_error in {"ConnectionError", "TimeoutError"}
+        assert (await store.acquire([BUCKET])).by is not store
+        assert store.last_error == "ConnectionError"
 
 
 @pytest.mark.parametrize(
