@@ -52,9 +52,8 @@ fuzz: .venv/.dev
 	@$(PY) -m tests.hostile.fuzz $(ARGS)
 	@$(PY) -m tests.hostile.fuzz_answers $(ARGS)
 
-# --bare: the goals are for a proxy with clients and limits, which are not available yet.
 bench: .venv/.dev
-	@$(PY) -m bench --bare $(ARGS)
+	@$(PY) -m bench $(ARGS)
 
 # --universal: one file for every platform and Python from 3.11 on. No index's address is written.
 # With the redis extra: what make run and the image install has every store.
