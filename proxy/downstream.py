@@ -22,7 +22,7 @@ import struct
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -100,6 +100,7 @@ class ClientConnection(web.RequestHandler):
         "_reader",
         "_refuse",
         "_refused",
+        "_server",
         "_taken",
         "_timeouts",
         "_waits_since",
@@ -110,6 +111,7 @@ class ClientConnection(web.RequestHandler):
     ) -> None:
         super().__init__(server, **options)
         self._parser = _Consumed(self)  # type: ignore[assignment]  # all that is left of aiohttp's
+        self._server = server
         self._timeouts = timeouts
         self._refuse = refuse
         self._flow: Flow | None = None
@@ -129,6 +131,7 @@ class ClientConnection(web.RequestHandler):
         return self._loop
 
     def abort(self) -> None:
+        self._server.silent.pop(self, None)
         if self._out is not None:
             self._out.abort()
 
@@ -174,16 +177,20 @@ class ClientConnection(web.RequestHandler):
         self._head_since = self._loop.time()
         if self._out is not None:
             _bound_unsent(self._out)
-            if cast(Server, self._manager).is_full:
-                cast(Server, self._manager).make_room_for(self)
+            self._server.silent[self] = None
+            if self._server.is_full:
+                self._server.make_room_for(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._server.silent.pop(self, None)
         self._out = None
         if self._flow is not None:
             self._flow.client_lost()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self in self._server.silent:
+            del self._server.silent[self]
         if self._refused or self._close or self._force_close:
             return  # read and dropped: a close with unread bytes is a reset (RFC 9112 9.6)
         if self._body is not None:
@@ -398,6 +405,7 @@ class Server(web.Server):
         self._refuse = refuse
         self._most = most
         self._quiet_until = 0.0
+        self.silent: dict[ClientConnection, None] = {}  # nothing has come of them yet; oldest first
 
     def __call__(self) -> ClientConnection:
         timeouts = self._timeouts()
@@ -425,9 +433,11 @@ class Server(web.Server):
         return len(self._connections) > self._most
 
     def make_room_for(self, newcomer: ClientConnection) -> None:
-        """Ends an idle connection, one of the oldest; or the new one, if those are all at work."""
+        """Ends the connection that has been silent since it began for the longest time; else one of
+        the oldest that is idle; else the new one."""
+        silent = (each for each in self.silent if each is not newcomer)
         oldest = cast(Iterable[ClientConnection], islice(self._connections, _MOST_LOOKED_AT))
-        leaving = next((each for each in oldest if each.is_idle), newcomer)
+        leaving = next(chain(silent, (each for each in oldest if each.is_idle)), newcomer)
         leaving.abort()
         now = self._loop.time()
         if now >= self._quiet_until:

@@ -34,7 +34,7 @@ SETTLED_WITHIN = 10.0  # seconds in which what a flood took is free again; all t
 
 # As a config would have them, but so that a test can wait for them.
 CLIENT_TIMEOUTS = {"head": "1s", "body": "1s", "keep_alive": "2s", "write": "1s"}
-UPSTREAM_TIMEOUTS = {"connect": "1s", "first_byte": "2s", "idle": "2s"}
+UPSTREAM_TIMEOUTS = {"connect": "1s", "first_byte": "5s", "idle": "2s"}
 
 # Memory is read from Linux's /proc, and peaks are forgotten there (proc(5), clear_refs).
 needs_proc = pytest.mark.skipif(

@@ -242,7 +242,7 @@ upstreams: {up: {base_url: 'http://user:KEY@a'}}
 upstreams: {up: {base_url: 'http://a/?key=KEY', timeouts: KEY}}
 upstreams: *KEY
 {upstreams: built-in, admin: {key: 'KEY KEY'}, log: {level: KEY}}
-{upstreams: built-in, store: 'redis://:KEY@a', clients: [{name: a, key: KEY}]}
+{upstreams: built-in, store: 'redis://:KEY@a', clients: [{name: a, key: KEY, limits: KEY}]}
 """.replace("KEY", UPSTREAM_KEY).splitlines()
 
 

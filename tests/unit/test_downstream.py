@@ -653,6 +653,23 @@ async def test_no_more_clients_than_can_be_served() -> None:
     await settle()
     fourth = await comes()
     assert (busy.ended, third.ended, fourth.ended) == (None, None, "abort")  # all are at work
+
+
+async def test_who_has_never_said_anything_makes_room_first() -> None:
+    server = Server(ok, timeouts=lambda: Timeouts(10, 75, 120), refuse=refuse, most=2)
+    talks = [(server(), Transport()) for _ in range(4)]
+    regular, silent, newcomer, another = talks
+    for connection, transport in (regular, silent):
+        connection.connection_made(transport)
+    regular[0].data_received(GET)
+    await settle()
+    newcomer[0].connection_made(newcomer[1])
+    assert (regular[1].ended, silent[1].ended, newcomer[1].ended) == (None, "abort", None)
+    silent[0].connection_lost(None)
+    newcomer[0].data_received(GET)
+    await settle()
+    another[0].connection_made(another[1])  # all others are idle between two requests
+    assert (regular[1].ended, another[1].ended) == ("abort", None)
     for connection, _ in talks:
         connection.connection_lost(None)
     await server.shutdown(0)
