@@ -18,7 +18,7 @@ from aiohttp import web
 from proxy import store, upstreams
 from proxy.auth import Auth
 from proxy.chat import Chat
-from proxy.config import Config
+from proxy.config import Config, Limits
 from proxy.cors import Cors, is_preflight
 from proxy.demo import Demo
 from proxy.downstream import LastAnswer, Server, Timeouts
@@ -82,6 +82,7 @@ class App:
         self._limiter = Limiter(counters)
         self._setup = Setup.of(config, self._limiter, self._demo, self._clock)
         admin_key = config.admin.key.get_secret_value() if config.admin.key else None
+        self._limiter.limits_of = self._limits_of
         self._ops = Ops(
             self.observer,
             admin_key,
@@ -114,6 +115,9 @@ class App:
         """What needs a look once a second: upstream connections that have been idle for long."""
         for upstream in self._setup.upstreams.values():
             upstream.pool.sweep()
+
+    def _limits_of(self, name: str) -> Limits | None:
+        return self._setup.chat.auth.limits_of(name)
 
     async def keep_leases(self) -> None:
         """Renews the leases of open requests, until cancelled."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from urllib.parse import unquote
 
 from multidict import MultiMapping
 
@@ -23,6 +24,8 @@ from proxy.headers import client_address
 from proxy.members import doubled
 
 ANONYMOUS = "anonymous"
+# Azure's API, and OpenAI's first one, name the model there, and do not heed the body's.
+_IN_PATH = re.compile("/(?:deployments|engines)/([^/?]+)", re.IGNORECASE)
 _NETWORK = (
     64  # bits of an IPv6 address: a household has so many addresses that each is worth nothing
 )
@@ -41,10 +44,11 @@ class Client:
     def check_model(self, ask: Ask) -> None:
         """Raises ProxyError (model_not_allowed), also where the model can't be read, or is named
         twice: nobody knows which of them the upstream would take."""
-        if self.models is None:
+        if self.models is None or ask.body is None:  # without a body nothing is generated
             return
         twice = isinstance(ask.body, bytes) and doubled(ask.body, "model")
-        if ask.model is None or twice or not self.models.match(ask.model):
+        named = [ask.model, *map(unquote, _IN_PATH.findall(ask.target.decode("ascii", "replace")))]
+        if twice or not all(name is not None and self.models.match(name) for name in named):
             raise ProxyError(
                 "model_not_allowed",
                 f"The client '{self.name}' may not use this model, or the request does not say in "
@@ -64,13 +68,14 @@ class Auth:
     ) -> None:
         self._trusted = trusted
         self._limits = limits
+        self._by_name = {each.name: _over(limits, each.limits) for each in clients}
         self._anonymous = Client(ANONYMOUS, "", limits)
         self._clients = {
             each.digest(): (
                 Client(
                     each.name,
                     _scope(each.name),
-                    _over(limits, each.limits),
+                    self._by_name[each.name],
                     _allowed(each.models),
                 ),
                 each.user_header,
@@ -82,6 +87,12 @@ class Auth:
     def is_open(self) -> bool:
         """Whether everybody may call."""
         return not self._clients
+
+    def limits_of(self, name: str) -> config.Limits | None:
+        """The limits of the client of that name; None if there is none."""
+        if not self._clients:
+            return self._limits
+        return self._by_name.get(name)
 
     def identify(self, headers: MultiMapping[str], peer: str) -> Client:
         """The client of a request with these headers, from the address `peer`.

@@ -113,25 +113,21 @@ class Exchange:
     meter: Meter | None = None  # counts the answer's tokens as they pass
     limits: tuple[Header, ...] = ()  # what the client is told about what is left to it
     task: asyncio.Task[object] | None = None
+    # What answers, as far as it generates: reading or deleting what was stored does not.
+    endpoint: Endpoint = field(init=False)
+    dialect: Dialect = field(init=False)
     interruption: ProxyError | None = None
     error: ProxyError | None = None  # what the client was told, as an answer or in-band
 
     def __post_init__(self) -> None:
+        self.endpoint = Endpoint.of(self.path) if self.method == "POST" else Endpoint.NONE
+        self.dialect = Dialect.of(self.path)
         self.path = _KEY_LIKE.sub("/***", self.path)
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """What answers, as far as it generates: reading or deleting what was stored does not."""
-        return Endpoint.of(self.path) if self.method == "POST" else Endpoint.NONE
 
     @property
     def tokens(self) -> int:
         """What the request has used, once it has ended."""
         return (self.tokens_in or 0) + (self.tokens_out or 0)
-
-    @property
-    def dialect(self) -> Dialect:
-        return Dialect.of(self.path)
 
     def interrupt(self, error: ProxyError) -> None:
         """Ends the request with `error`, in whatever phase it is: a kill, or the end of a drain."""

@@ -13,13 +13,13 @@ that was killed holds none for long.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from proxy.auth import Client
-from proxy.config import Rate
+from proxy.config import Limits, Rate
 from proxy.errors import ProxyError
 from proxy.exchange import Ask, Exchange
 from proxy.members import with_usage
@@ -40,6 +40,8 @@ class Limiter:
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self._open: set[Lease] = set()
+        # The limits of a client of that name as they are now: a reload may have changed them.
+        self.limits_of: Callable[[str], Limits | None] = lambda _: None
 
     @property
     def trouble(self) -> str | None:
@@ -52,10 +54,10 @@ class Limiter:
         Raises ProxyError: rate_limit_exceeded, concurrency_limit_exceeded, store_unavailable.
         """
         if not client.limits.any:
-            return Lease(self, exchange)
+            return Lease(self, client, exchange)
         windows, slot = _wanted(client, exchange)
         admission = await self._acquire(windows, slot, exchange)
-        return Lease(self, exchange, windows["tokens"], slot, admission.by)
+        return Lease(self, client, exchange, windows["tokens"], slot, admission.by)
 
     async def _acquire(self, windows: Windows, slot: Slot | None, exchange: Exchange) -> Admission:
         buckets = [*windows["requests"], *windows["tokens"]]
@@ -100,6 +102,7 @@ class Lease:
     def __init__(
         self,
         limiter: Limiter,
+        client: Client,
         exchange: Exchange,
         tokens: Sequence[Bucket] = (),
         slot: Slot | None = None,
@@ -107,8 +110,10 @@ class Lease:
     ) -> None:
         self.slot = slot
         self.counters = counters
+        self._client = client
         self._exchange = exchange
         self._tokens = tokens
+        self._limiter = limiter
         self._open = limiter._open
 
     async def __aenter__(self) -> Self:
@@ -124,9 +129,19 @@ class Lease:
         self._open.discard(self)
         if self.counters is None:
             return
-        used = self._exchange.tokens
-        back = [Bucket(b.key, b.size, b.refill, b.cost - used) for b in self._tokens]
-        await self.counters.settle(back, self.slot)
+        await self.counters.settle(self._given_back(), self.slot)
+
+    def _given_back(self) -> list[Bucket]:
+        """What was reserved less what was used, for buckets of today's size."""
+        if not self._tokens:
+            return []
+        limits = self._limiter.limits_of(self._client.name) or self._client.limits
+        today = {b.key: b for b in _buckets(f"{self._client.scope}:tokens", limits.tokens, 0)}
+        used, back = self._exchange.tokens, []
+        for each in self._tokens:
+            now = today.get(each.key, each)
+            back.append(Bucket(each.key, now.size, now.refill, each.cost - used))
+        return back
 
 
 def metered(ask: Ask, exchange: Exchange) -> Ask:
@@ -134,7 +149,7 @@ def metered(ask: Ask, exchange: Exchange) -> Ask:
     it used, in a form that can be read."""
     endpoint = exchange.endpoint
     if endpoint is Endpoint.NONE:
-        return ask
+        return replace(ask, identity=True)
     body = ask.body
     if not isinstance(body, bytes):  # it streams up unread, whatever it is
         length = body.length if body is not None else 0
@@ -163,7 +178,7 @@ def _buckets(key: str, rates: Sequence[Rate] | None, cost: float) -> tuple[Bucke
     """A bucket for each window; named after its length, so that it keeps its level when a reload
     changes its size. More than a bucket holds is never asked of it: it could never be had."""
     return tuple(
-        Bucket(f"{key}:{rate.per:g}", rate.count, rate.count / rate.per, min(cost, rate.count))
+        Bucket(f"{key}:{rate.per!r}", rate.count, rate.count / rate.per, min(cost, rate.count))
         for rate in rates or ()
     )
 
@@ -186,8 +201,8 @@ def _headers(windows: Windows, levels: Mapping[str, float]) -> tuple[tuple[bytes
 
 def _duration(seconds: float) -> str:
     """As OpenAI writes it: 120ms, 1s, 6m0s; rounded up, since a client told too little comes in vain."""
-    if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
+    if (milliseconds := math.ceil(seconds * 1000)) < 1000:
+        return f"{milliseconds}ms"
     left, text = math.ceil(seconds), ""
     for unit, length in _UNITS:
         if text or left >= length:

@@ -66,6 +66,7 @@ class Observer:
     def use(self, config: Config) -> None:
         """Takes the names that may be labels from `config`."""
         patterns = [pattern for route in config.routes for pattern in route.models]
+        patterns += [pattern for client in config.clients for pattern in client.models]
         self._models = {name for name in patterns if not set(name) & set("*?[")}
         self._routes = [route.name for route in config.routes]
 

@@ -20,7 +20,7 @@ from proxy.errors import ProxyError, Source
 from proxy.exchange import Exchange, Outcome, Phase
 from proxy.forward import Answer
 from proxy.sse import FirstToken, Tap
-from proxy.usage import Endpoint, Meter, Usage, UsageStripper, usage_of
+from proxy.usage import Endpoint, Meter, UsageStripper, usage_of
 from proxy.usage.words import tokens_of
 
 _LONG_TAIL = 16 * 1024  # bytes
@@ -149,20 +149,25 @@ def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
     relayed. An answer that is an error used nothing (§3)."""
     tap, meter, stream = lane.tap, exchange.meter, answer.is_stream
     exchange.meter = None
-    failed = answer.head.status >= 400 or (stream and tap.began_with_error)
+    failed = not 200 <= answer.head.status < 300 or (stream and tap.began_with_error)
     if exchange.endpoint is Endpoint.NONE or failed or meter is None:
         return
     usage = None
     if answer.is_plain and (stream or lane.whole):
         usage = usage_of(exchange.endpoint, stream, tap.head, tap.tail[-tap.keep :])
     exchange.tokens_source = "upstream" if usage else "estimated"
-    if usage is None:
-        prompt = 0
-        if exchange.prompt is not None:  # of a body of unknown length, what has gone up of it
-            prompt = exchange.prompt.input or tokens_of(exchange.bytes_up)
-        written = meter.tokens if answer.is_plain else tokens_of(exchange.bytes_down)
-        usage = Usage(prompt, written)
-    exchange.tokens_in, exchange.tokens_out = usage.input, usage.output
+    if usage is not None:
+        exchange.tokens_in, exchange.tokens_out = usage.input, usage.output
+        return
+    prompt = exchange.prompt
+    if prompt is not None:  # of a body of unknown length, what has gone up of it
+        exchange.tokens_in = prompt.input or tokens_of(exchange.bytes_up)
+    if exchange.endpoint is Endpoint.EMBEDDINGS:
+        exchange.tokens_out = 0
+    elif answer.is_plain:
+        exchange.tokens_out = meter.tokens
+    elif prompt is not None:
+        exchange.tokens_out = tokens_of(exchange.bytes_down)
 
 
 def _outcome_of_whole(answer: Answer, tap: Tap) -> Outcome:

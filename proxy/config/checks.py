@@ -108,7 +108,7 @@ def _open_proxy(config: Config, document: Document) -> None:
     if injecting and not (config.open or config.clients or _is_loopback(config.listen.host)):
         message = (
             "is not loopback, and without clients everybody who reaches it could spend the key of "
-            f"{injecting[0]}: listen on 127.0.0.1, add clients, "
+            f"{injecting[0]}: listen on 127.0.0.1, add clients (SLUICE_KEY for the built-in), "
             "or allow it with open: true"
         )
         document.complain(("listen", "host"), message, ("open",), ("clients",))

@@ -14,6 +14,10 @@ from proxy.config.models import Config
 def render(config: Config) -> str:
     """The effective config as YAML: secrets as ***, defaults included; itself a valid config."""
     data = config.model_dump(mode="json")
+    for client, shown in zip(config.clients, data["clients"], strict=True):
+        # What a client leaves out holds for it from the global limits; null would lift it.
+        own = client.limits.model_fields_set
+        shown["limits"] = {key: value for key, value in shown["limits"].items() if key in own}
     for where, part in reversed([*parts(config)]):  # the inner ones first, while they are there
         holder: Any = data
         for step in where:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import date
 from types import MappingProxyType
 from typing import Annotated, Any
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -85,6 +86,30 @@ Name = Annotated[
 Sha256 = Annotated[Text, _matching("[0-9a-f]{64}", "must be 64 digits of 0-9 a-f")]
 
 
+_STORE_OPTIONS = {"db", "username", "password"}
+
+
+def _reachable(url: str) -> str:
+    """Refuses what the client library would stumble over at the first request."""
+    if url == "memory":
+        return url
+    parts = urlsplit(url)
+    hint = "percent-encode what is special in a password"
+    try:
+        has_place = bool(parts.path if parts.scheme == "unix" else parts.hostname)
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"has a malformed host or port: {hint}") from None
+    if not has_place:
+        raise ValueError(f"must name a host, or of unix:// a path: {hint}")
+    if parts.scheme != "unix" and not re.fullmatch("/?[0-9]{0,5}", parts.path):
+        raise ValueError(f"must have nothing but a database's number behind the host: {hint}")
+    if unknown := parse_qs(parts.query, keep_blank_values=True).keys() - _STORE_OPTIONS:
+        shown = ", ".join(sorted(unknown)) if all(map(str.isidentifier, unknown)) else "an option"
+        raise ValueError(f"has {shown}, which is not known here: db, username, password are")
+    return url
+
+
 def _without_secrets(url: str) -> str:
     """A store's URL as it is shown; a password may also stand in its query."""
     url = re.sub(r"(?<=://)[^/]*@", "***@", url)
@@ -94,6 +119,7 @@ def _without_secrets(url: str) -> str:
 Store = Annotated[
     Text,
     _matching("memory|(rediss?|unix)://.+", "must be memory, redis://, rediss:// or unix://"),
+    AfterValidator(_reachable),
     _shown(_without_secrets),
 ]
 
@@ -198,7 +224,12 @@ def rate(value: object) -> Rate:
     match = re.fullmatch("([0-9]{1,15})/(.+)", value) if isinstance(value, str) else None
     if match is None or int(match[1]) == 0:
         raise ValueError("must be a rate of at least 1: like 60/minute, 5000/day, 10/30s")
-    return Rate(int(match[1]), _PER.get(match[2]) or longer_than_0(seconds(match[2])))
+    try:
+        return Rate(int(match[1]), _PER.get(match[2]) or longer_than_0(seconds(match[2])))
+    except ValueError:
+        raise ValueError(
+            "must be a rate: N/second, /minute, /hour or /day, or N in a duration like 10/30s"
+        ) from None
 
 
 def rates(value: object) -> tuple[Rate, ...]:

@@ -8,6 +8,7 @@ but no usage: it stays.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -17,6 +18,9 @@ from proxy.usage.words import STATED
 
 _MAX_EVENT = 256 * 1024  # bytes; a longer event passes without a look
 _BLANK_LINES = (b"\n\n", b"\r\n\r\n")  # of almost all upstreams
+
+
+_COMMENTS = re.compile(rb"(?::[^\r\n]*+(?:\r\n|\n))++")
 
 
 class _Chunk(msgspec.Struct):
@@ -48,6 +52,8 @@ class UsageStripper:
             and not STATED.search(piece)
         ):
             return piece
+        if not self._held and self._line_feed is None and _COMMENTS.fullmatch(piece):
+            return piece  # a heartbeat, which nobody should wait for
         line_feed = b""
         if self._line_feed is not None and piece:
             if piece.startswith(b"\n"):

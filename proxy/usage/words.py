@@ -29,13 +29,18 @@ class Endpoint(Enum):
 _ENDPOINTS = {endpoint.value: endpoint for endpoint in Endpoint if endpoint.value}
 
 
+_MAX_ENCODINGS = 4  # rounds of percent-decoding; more are refused as a path
+_STOPS = re.compile(r"[;?#\0]")  # where some servers take a segment's name to end
+
+
 def _found(path: str) -> Endpoint:
-    segments = [segment.partition(";")[0] for segment in unquote(path).lower().split("/")]
+    for _ in range(_MAX_ENCODINGS):
+        path = unquote(path)
+    segments = [_STOPS.split(segment)[0] for segment in path.lower().split("/")]
     names = [segment for segment in segments if segment not in ("", "v1")]
     if names[-2:] == ["chat", "completions"]:
         return Endpoint.CHAT
-    # Below a folder `messages` are those of a thread, which generate nothing.
-    if len(names) > 1 and names[-1] == "messages":
+    if "threads" in names and names[-1] == "messages":  # those generate nothing
         return Endpoint.NONE
     return _ENDPOINTS.get(f"/v1/{names[-1]}", Endpoint.NONE) if names else Endpoint.NONE
 

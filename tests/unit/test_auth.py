@@ -182,3 +182,28 @@ def test_a_client_that_may_use_all() -> None:
     web = identify(Authorization="Bearer sk-web")
     for asked in (ask("anything"), ask(""), ask(None)):
         web.check_model(asked)
+
+
+def test_a_model_in_the_path_counts_too() -> None:
+    client = identify(Authorization="Bearer sk-ui")
+    for path, allowed in (
+        (b"/deployments/gpt-4o-mini/chat/completions", True),
+        (b"/deployments/o1-pro/chat/completions", False),
+        (b"/engines/o1%2Dpro/completions?x", False),
+    ):
+        asked = Ask("POST", path, (), b"{}", "gpt-4o")
+        if allowed:
+            client.check_model(asked)
+        else:
+            with pytest.raises(ProxyError):
+                client.check_model(asked)
+
+
+def test_what_has_no_body_names_no_model() -> None:
+    identify(Authorization="Bearer sk-ui").check_model(Ask("GET", b"/models", ()))
+
+
+def test_limits_as_they_are_now() -> None:
+    assert AUTH.limits_of("web") == LIMITS
+    assert AUTH.limits_of("nobody") is None
+    assert OPEN.limits_of("anonymous") == LIMITS

@@ -496,6 +496,11 @@ COMBINED_TROUBLE = [
 ]  # fmt: skip
 DIGEST = sha256(CANARY.encode()).hexdigest()
 CLIENT_TROUBLE = [
+    (MINIMAL + "store: 'redis://:se/cret@host/0'\n", ["2: store: has a malformed host or port: perc"]),
+    (MINIMAL + "store: 'redis://host/a'\n", ["2: store: must have nothing but a database's number"]),
+    (MINIMAL + "store: 'redis://host?ssl_password=x'\n", ["2: store: has ssl_password, which is not"]),
+    (MINIMAL + "store: 'redis:///1'\n", ["2: store: must name a host"]),
+    (MINIMAL + "limits: {requests: 60/min}\n", ["2: limits.requests: must be a rate: N/second"]),
     (MINIMAL + "clients: [{name: a}]\n", ["2: clients[0]: needs a key or a key_sha256"]),
     (
         MINIMAL + f"clients: [{{name: a, key: {CANARY}, key_sha256: {DIGEST}}}]\n",
@@ -755,7 +760,7 @@ def test_clients_limits_and_a_store(config):
 - {{name: a, key: "{CANARY}", limits: {{requests: null, streams: 3}}}}
 - {{name: b, key_sha256: "{"0" * 64}", models: ["gpt-*"], user_header: X-User}}
 limits: {{requests: [60/minute, 5000/day], tokens: 100000/minute}}
-store: redis://user:p@{CANARY}@redis:6379/1?password={CANARY}&x=y
+store: redis://user:p@{CANARY}@redis:6379/1?password={CANARY}&db=1
 store_failure: deny
 store_timeout: 1s
 """
@@ -765,9 +770,11 @@ store_timeout: 1s
     assert a.limits.model_fields_set == {"requests", "streams"}
     shown = render(found)
     assert CANARY not in shown
-    assert "store: redis://***@redis:6379/1?password=***&x=y" in shown
+    assert "store: redis://***@redis:6379/1?password=***&db=1" in shown
     assert "60/minute" in shown and "5000/1d" not in shown
-    config(shown.replace("'***'", "k"))  # secrets apart, itself a valid config
+    again = config(shown.replace("'***'", "k"))  # secrets apart, itself a valid config
+    assert [client.limits for client in again.clients] == [a.limits, b.limits]
+    assert b.limits.model_fields_set == again.clients[1].limits.model_fields_set == set()
 
 
 def test_a_redis_needs_its_library(problems, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from proxy.errors import Dialect, ProxyError
 from proxy.exchange import Ask, Exchange, Outcome, Phase
+from proxy.usage import Endpoint
 
 KILLED = ProxyError("killed", "")
 
@@ -118,3 +119,9 @@ async def test_what_has_ended_is_not_interrupted(make: Make) -> None:
     await exchange.task
     exchange.interrupt(KILLED)
     assert exchange.interrupted() is None
+
+
+def test_a_key_in_the_path_does_not_hide_what_answers() -> None:
+    exchange = Exchange("id", "id", "POST", "/v1/chat/completions;sk-1", 0.0)
+    assert (exchange.path, exchange.endpoint) == ("/v1/chat/***", Endpoint.CHAT)
+    assert Exchange("id", "id", "GET", "/v1/chat/completions", 0.0).endpoint is Endpoint.NONE

@@ -170,6 +170,16 @@ async def test_a_check_takes_nothing(desk: Desk) -> None:
             await desk.limiter.check(client, desk.record())
 
 
+async def test_a_reload_keeps_the_level_also_for_what_is_in_progress(desk: Desk) -> None:
+    async with await desk.ask(tokens=10, **HUNDRED):
+        larger = config.Limits.model_validate({"tokens": "1000/100s"})
+        desk.limiter.limits_of = lambda name: larger if name == "web" else None
+        desk.clock.now += 50  # 90 and half of 1000
+        desk.exchange.tokens_in = 40
+    await desk.ask(tokens=1, tokens_="1000/100s")
+    assert desk.told()["x-ratelimit-remaining-tokens"] == str(90 + 500 + 10 - 40 - 1)
+
+
 async def test_slots_are_for_requests_in_progress(desk: Desk) -> None:
     async with await desk.ask(streams=2), await desk.ask(streams=2):
         error = await desk.refused(streams=2)
@@ -218,7 +228,7 @@ async def test_a_store_that_is_out_of_reach() -> None:
     [
         (0, "0ms"),
         (0.1199, "120ms"),
-        (0.9991, "1000ms"),
+        (0.9991, "1s"),
         (1, "1s"),
         (1.2, "2s"),
         (59.5, "1m0s"),

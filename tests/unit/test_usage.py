@@ -439,3 +439,22 @@ def test_tools_that_a_client_declares_forge_no_usage() -> None:
     event = {"type": "response.completed", "response": response, "sequence_number": 3}
     assert told(Endpoint.RESPONSES, named_events(event), stream=True) == Usage(37, 11)
     assert told(Endpoint.RESPONSES, json.dumps(response).encode(), stream=False) == Usage(37, 11)
+
+
+@pytest.mark.parametrize(
+    ("path", "endpoint"),
+    [
+        ("/v1/chat/completions%3Fx", Endpoint.CHAT),
+        ("/v1/chat/complet%2569ons", Endpoint.CHAT),
+        ("/v1/chat/completions;sk-1", Endpoint.CHAT),
+        ("/v1/sk-1%2Fchat%2Fcompletions", Endpoint.CHAT),
+        ("/v1/v1/chat/completions", Endpoint.CHAT),
+        ("/v1/deployments/x/embeddings", Endpoint.EMBEDDINGS),
+        ("/v1/anthropic/v1/messages", Endpoint.MESSAGES),
+        ("/v1/threads/t/messages", Endpoint.NONE),
+        ("/v1/responses/r1", Endpoint.NONE),
+        ("/v1/", Endpoint.NONE),
+    ],
+)
+def test_paths_below_folders_and_in_other_spellings(path: str, endpoint: Endpoint) -> None:
+    assert Endpoint.of(path) is endpoint

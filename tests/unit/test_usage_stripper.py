@@ -161,3 +161,12 @@ def test_little_is_held(size: int) -> None:
         assert fed - relayed <= 256 * 1024 + size
     assert relayed + len(stripper.flush()) == fed
     assert stripper.flush() == b""
+
+
+def test_a_heartbeat_waits_for_nobody() -> None:
+    stripper = UsageStripper()
+    for beat in (b":\n", b": ping\r\n", b":\n:\n"):
+        assert stripper.feed(beat) == beat
+    assert stripper.feed(b"data: {") == b""
+    assert stripper.feed(b":\n") == b""  # it is part of an event here, or of its text
+    assert stripper.flush() == b"data: {:\n"
