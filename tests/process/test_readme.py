@@ -70,5 +70,7 @@ async def test_every_metric_is_in_its_table() -> None:
         assert f"`{name}`" in README, name
 
 
-def test_it_counts_the_breaks() -> None:
+def test_it_counts_the_breaks_and_each_fits_the_code() -> None:
     assert f"in {len(BREAKS)} ways" in README
+    for each in BREAKS:
+        assert each.old in (ROOT / "proxy" / each.file).read_text(), each.name
