@@ -312,6 +312,8 @@ def judge(script: Script, number: int, heard: Heard) -> tuple[str, Problem | Non
     if meant.body != answer.body:
         return "ambiguous", Problem("ambiguous", f"h11 reads {meant}, the client {answer}")
     if not plain_answer(spelling, script.method):
+        if _said_done(meant):  # what is wrong came behind the end, and was not passed on
+            return "done without an end", None
         return "ambiguous", Problem("ambiguous", f"from the upstream: {spelling!r}")
     return "whole", None
 
