@@ -25,7 +25,8 @@ from proxy.members import doubled
 
 ANONYMOUS = "anonymous"
 # Azure's API, and OpenAI's first one, name the model there, and do not heed the body's.
-_IN_PATH = re.compile("/(?:deployments|engines)/([^/?]+)", re.IGNORECASE)
+_IN_PATH = re.compile("/(?:deployments|engines)/+([^/]+)", re.IGNORECASE)
+_SHOWN = 100  # characters of a model's name that an error repeats
 _NETWORK = (
     64  # bits of an IPv6 address: a household has so many addresses that each is worth nothing
 )
@@ -47,14 +48,16 @@ class Client:
         if self.models is None or ask.body is None:  # without a body nothing is generated
             return
         twice = isinstance(ask.body, bytes) and doubled(ask.body, "model")
-        named = [ask.model, *map(unquote, _IN_PATH.findall(ask.target.decode("ascii", "replace")))]
-        if twice or not all(name is not None and self.models.match(name) for name in named):
-            raise ProxyError(
-                "model_not_allowed",
-                f"The client '{self.name}' may not use this model, or the request does not say in "
-                "one way which it is.",
-                param="model",
+        if ask.model is None or twice:
+            raise _not_allowed(
+                "The request does not say, once and in JSON (Content-Type: application/json), which "
+                f"model it is for, and the client '{self.name}' may not use all."
             )
+        path = unquote(ask.target.partition(b"?")[0].decode("ascii", "replace"))
+        for model in (ask.model, *_IN_PATH.findall(path)):
+            if not self.models.match(model):
+                shown = model[:_SHOWN]
+                raise _not_allowed(f"The client '{self.name}' may not use the model '{shown}'.")
 
 
 class Auth:
@@ -82,11 +85,6 @@ class Auth:
             )
             for each in clients
         }
-
-    @property
-    def is_open(self) -> bool:
-        """Whether everybody may call."""
-        return not self._clients
 
     def limits_of(self, name: str) -> config.Limits | None:
         """The limits of the client of that name; None if there is none."""
@@ -136,6 +134,10 @@ def _refused(what: str) -> ProxyError:
         "`x-api-key` or `api-key`.",
         extra_headers={"WWW-Authenticate": "Bearer"},
     )
+
+
+def _not_allowed(message: str) -> ProxyError:
+    return ProxyError("model_not_allowed", message, param="model")
 
 
 def _scope(*names: str) -> str:

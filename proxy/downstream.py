@@ -189,8 +189,7 @@ class ClientConnection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self in self._server.silent:
-            del self._server.silent[self]
+        self._server.silent.pop(self, None)
         if self._refused or self._close or self._force_close:
             return  # read and dropped: a close with unread bytes is a reset (RFC 9112 9.6)
         if self._body is not None:

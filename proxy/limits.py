@@ -213,13 +213,15 @@ def _duration(seconds: float) -> str:
 
 def _refusal(windows: Windows, levels: Mapping[str, float]) -> ProxyError:
     """The first limit that is in the way names the error; the last one to give way the wait."""
-    wait, found = 0.0, ""
+    wait, found, why = 0.0, "", ""
     for kind, buckets in windows.items():
         for each in buckets:
-            short = each.cost - levels[each.key]
-            if short > SLACK:
+            level = levels[each.key]
+            if each.cost - level > SLACK:
+                left = max(0, math.floor(level))
+                why = why or f"has {left} of {each.size:.0f} left, and this needs {each.cost:.0f}"
                 found = found or kind
-                wait = max(wait, short / each.refill)
+                wait = max(wait, (each.cost - level) / each.refill)
     if not found:
         return ProxyError(
             "concurrency_limit_exceeded",
@@ -229,7 +231,7 @@ def _refusal(windows: Windows, levels: Mapping[str, float]) -> ProxyError:
         )
     return ProxyError(
         "rate_limit_exceeded",
-        f"This client's limit of {found} is used up. Try again in {_duration(wait)}.",
+        f"This client's limit of {found} {why}. Try again in {_duration(wait)}.",
         limit=found,
         retry_after=wait,
     )

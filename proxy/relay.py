@@ -52,8 +52,9 @@ class Lane:
         self._clock = clock
         readable = answer.is_stream and answer.is_plain
         self._first_token = FirstToken() if readable else None
-        exchange.meter = Meter(exchange.endpoint, answer.is_stream)
-        self._count = exchange.meter.feed
+        if answer.is_plain and exchange.endpoint is not Endpoint.NONE:
+            exchange.meter = Meter(exchange.endpoint, answer.is_stream)
+        self._count = exchange.meter.feed if exchange.meter else None
         self._stripper = UsageStripper() if readable and exchange.hides_usage else None
         if self._stripper is not None:
             self._write = self._write_stripped
@@ -63,7 +64,8 @@ class Lane:
     def payload(self, data: bytes) -> None:
         self._write(data)
         self._remember(data)
-        self._count(data)
+        if self._count is not None:
+            self._count(data)
         exchange = self._exchange
         exchange.chunks += 1
         exchange.bytes_down += len(data)
@@ -150,7 +152,7 @@ def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
     tap, meter, stream = lane.tap, exchange.meter, answer.is_stream
     exchange.meter = None
     failed = not 200 <= answer.head.status < 300 or (stream and tap.began_with_error)
-    if exchange.endpoint is Endpoint.NONE or failed or meter is None:
+    if exchange.endpoint is Endpoint.NONE or failed:
         return
     usage = None
     if answer.is_plain and (stream or lane.whole):
@@ -164,7 +166,7 @@ def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
         exchange.tokens_in = prompt.input or tokens_of(exchange.bytes_up)
     if exchange.endpoint is Endpoint.EMBEDDINGS:
         exchange.tokens_out = 0
-    elif answer.is_plain:
+    elif meter is not None:
         exchange.tokens_out = meter.tokens
     elif prompt is not None:
         exchange.tokens_out = tokens_of(exchange.bytes_down)

@@ -190,6 +190,8 @@ def test_a_model_in_the_path_counts_too() -> None:
         (b"/deployments/gpt-4o-mini/chat/completions", True),
         (b"/deployments/o1-pro/chat/completions", False),
         (b"/engines/o1%2Dpro/completions?x", False),
+        (b"/%64eployments//o1-pro/chat/completions", False),
+        (b"/chat/completions?x=/engines/o1-pro", True),
     ):
         asked = Ask("POST", path, (), b"{}", "gpt-4o")
         if allowed:
