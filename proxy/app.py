@@ -17,20 +17,20 @@ from aiohttp import web
 
 from proxy import store, upstreams
 from proxy.auth import Auth
+from proxy.catalog import Catalog
 from proxy.chat import Chat
 from proxy.config import Config, Limits
 from proxy.cors import Cors, is_preflight
 from proxy.demo import Demo
 from proxy.downstream import LastAnswer, Server, Timeouts
 from proxy.errors import IN_BAND_ONLY, Dialect, ProxyError
-from proxy.exchange import Exchange, Outcome
+from proxy.exchange import Exchange
 from proxy.forward import Forwarder
 from proxy.headers import client_address, request_id
 from proxy.inbound import Bounds, path_of, unknown_url
 from proxy.limits import RENEW_EVERY, Limiter
 from proxy.observe import Observer, new_id
 from proxy.ops import Ops
-from proxy.relay import outcome_of
 from proxy.routing import Router
 from proxy.upstreams import Upstream
 
@@ -47,17 +47,24 @@ class Setup:
     chat: Chat
 
     @classmethod
-    def of(cls, config: Config, limiter: Limiter, demo: Demo, clock: Callable[[], float]) -> Setup:
-        built = upstreams.build(config, lambda: demo.connect)
-        chat = Chat(
-            Auth(config.clients, config.limits, config.trusted_proxies),
-            Bounds(config.max_body, config.client_timeouts.body),
-            Router(config.routes),
-            limiter,
-            Forwarder(built, clock),
-            clock,
-        )
-        return cls(config, built, Cors(config.cors.origins), chat)
+    def of(
+        cls,
+        config: Config,
+        limiter: Limiter,
+        demo: Demo,
+        clock: Callable[[], float],
+        old: Mapping[str, Upstream],
+    ) -> Setup:
+        """`old` are the upstreams up to now: those that are still there go on under their new terms."""
+        auth = Auth(config.clients, config.limits, config.trusted_proxies)
+        bounds = Bounds(config.max_body, config.client_timeouts.body)
+        router, cors = Router(config.routes), Cors(config.cors.origins)
+        # Last, as it changes the old ones: what fails must fail before.
+        built = upstreams.build(config, lambda: demo.connect, old)
+        forwarder = Forwarder(built, clock)
+        catalog = Catalog(router, config.routes, forwarder, built, clock)
+        chat = Chat(auth, bounds, router, limiter, forwarder, catalog, clock)
+        return cls(config, built, cors, chat)
 
     def close(self) -> None:
         """Closes idle upstream connections; those in use close when they come back."""
@@ -80,7 +87,8 @@ class App:
             on_error=self.observer.store_failed,
         )
         self._limiter = Limiter(counters)
-        self._setup = Setup.of(config, self._limiter, self._demo, self._clock)
+        self._setup = Setup.of(config, self._limiter, self._demo, self._clock, {})
+        self.observer.upstreams = lambda: self._setup.upstreams
         admin_key = config.admin.key.get_secret_value() if config.admin.key else None
         self._limiter.limits_of = self._limits_of
         self._ops = Ops(
@@ -106,10 +114,11 @@ class App:
         )
 
     def reload(self, config: Config) -> None:
-        """Lets `config` hold for new requests; those in progress go on untouched."""
-        old, self._setup = self._setup, Setup.of(config, self._limiter, self._demo, self._clock)
+        """Lets `config` hold for new requests; those in progress go on untouched, but what they have
+        yet to send upstream goes there with the key that is valid now."""
+        old = self._setup.upstreams
+        self._setup = Setup.of(config, self._limiter, self._demo, self._clock, old)
         self.observer.use(config)
-        old.close()
 
     def sweep(self) -> None:
         """What needs a look once a second: upstream connections that have been idle for long."""
@@ -149,8 +158,6 @@ class App:
                 interruption = exchange.interrupted()
                 if interruption is None:
                     raise
-                if exchange.upstream is not None:
-                    exchange.outcome = outcome_of(interruption, Outcome.CLIENT_GONE)
                 answer = self._failed(request, exchange, interruption)
             except Exception:
                 log.exception("internal_error", extra={"fields": {"id": exchange.request_id}})

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from proxy.auth import Auth
-from proxy.downstream import Sink
+from proxy.auth import Auth, Client
+from proxy.catalog import Catalog
 from proxy.errors import ProxyError
-from proxy.exchange import Exchange, Outcome
-from proxy.forward import Answer, Forwarder
+from proxy.exchange import Ask, Exchange, Outcome
+from proxy.forward import Forwarder
 from proxy.framing import Header
 from proxy.inbound import Bounds, read_ask
 from proxy.limits import Limiter, metered
 from proxy.relay import outcome_of, relay
-from proxy.routing import Router
+from proxy.reply import Reply
+from proxy.routing import Router, aliased
 
 MAX_MODEL = 128  # characters of a model's name that logs and /admin show
 
@@ -31,6 +32,7 @@ class Chat:
     router: Router
     limiter: Limiter
     forwarder: Forwarder
+    catalog: Catalog
     clock: Callable[[], float]
 
     async def answer(
@@ -47,41 +49,47 @@ class Chat:
             await self.limiter.check(client, exchange)
         ask = await read_ask(request, self.bounds)
         exchange.read = self.clock()
+        if self.catalog.serves(ask, client):
+            return await self._models(ask, client, exchange, ours)
         exchange.model = ask.model and ask.model[:MAX_MODEL]
         client.check_model(ask)
-        route = self.router.resolve(ask.model)
+        route = self.router.resolve(ask)
         exchange.route = route.name
+        ask = aliased(ask, route)
         if client.limits.tokens is not None:
             ask = metered(ask, exchange)
+        reply = Reply(request, ask, exchange, ours, route, self.clock)
         try:
             async with (
                 await self.limiter.admit(client, exchange),
+                reply,
                 await self.forwarder.open(route, ask, exchange) as answer,
             ):
                 del ask  # it is sent; its body may be megabytes, and the answer may take minutes
-                sink = commit(request, answer, exchange, ours)
-                await relay(answer, sink, exchange, self.clock)
+                sink = await reply.commit(answer)
+                await relay(answer, sink, exchange, route, self.clock)
                 return sink
         except ProxyError as error:
-            if exchange.upstream is not None:
-                exchange.outcome = outcome_of(error, Outcome.UPSTREAM_ERROR)
-            raise
+            return self._failed(reply, exchange, error)
         except asyncio.CancelledError:
-            if exchange.upstream is not None:
-                exchange.outcome = exchange.outcome or Outcome.CLIENT_GONE
-            raise
+            interruption = None if exchange.left else exchange.interrupted()
+            if interruption is None:  # the client has left
+                if exchange.upstream is not None:
+                    exchange.outcome = exchange.outcome or Outcome.CLIENT_GONE
+                raise
+            return self._failed(reply, exchange, interruption)
 
+    async def _models(
+        self, ask: Ask, client: Client, exchange: Exchange, ours: Iterable[Header]
+    ) -> web.Response:
+        """A list of models that no single upstream could give."""
+        async with await self.limiter.admit(client, exchange):
+            body = await self.catalog.models(ask, client, exchange)
+        fields = [(b"Server", b"sluice"), *ours, *exchange.limits]
+        headers = {name.decode(): value.decode() for name, value in fields}
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
-def commit(
-    request: web.BaseRequest, answer: Answer, exchange: Exchange, ours: Iterable[Header]
-) -> Sink:
-    """From here on nothing can be taken back: the client's answer has this upstream's head."""
-    exchange.status = answer.head.status
-    exchange.stream = answer.is_stream
-    said = [
-        *ours,
-        *exchange.limits,
-        (b"Sluice-Upstream", (exchange.upstream or "").encode()),
-        (b"Sluice-Attempts", b"%d" % exchange.attempts),
-    ]
-    return Sink(request, answer.head, said, stream=answer.is_stream, limited=bool(exchange.limits))
+    def _failed(self, reply: Reply, exchange: Exchange, error: ProxyError) -> web.StreamResponse:
+        if exchange.upstream is not None:
+            exchange.outcome = exchange.outcome or outcome_of(error, Outcome.UPSTREAM_ERROR)
+        return reply.fail(error)

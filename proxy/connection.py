@@ -28,7 +28,7 @@ from typing import Protocol, cast
 
 from aiohappyeyeballs import AddrInfoType, start_connection
 
-from proxy.errors import ProxyError
+from proxy.errors import ProxyError, timed_out
 from proxy.framing import MAX_HEAD, Body, FramingError, HeadReader, ResponseHead, body_of
 from proxy.resolver import Resolver
 
@@ -174,7 +174,14 @@ class UpstreamConnection(asyncio.Protocol):
             receiver.payload(backlog[0] if len(backlog) == 1 else b"".join(backlog))
         if self._ending:
             receiver.ended(self._ending.pop())
-        self._regulate(held=False, paused=self._paused)
+        if self._receiver is receiver:  # or has it had enough already?
+            self._regulate(held=False, paused=self._paused)
+
+    def hold(self) -> None:
+        """Delivers nothing more, and stops reading, until there is another receiver."""
+        if self.state is State.BODY:
+            self._receiver = None
+            self._regulate(held=True, paused=self._paused)
 
     def pause(self) -> None:
         """Stops reading, as the client does not keep up; a body that is over is not held up, as its
@@ -352,10 +359,10 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _fell_silent(self) -> None:
         clock = "first_byte" if self.state is State.HEAD else "idle"
-        self.fail(self._timed_out(clock, self._silence.after))
+        self.fail(timed_out(self.label, clock, self._silence.after))
 
     def _took_too_long(self) -> None:
-        self.fail(self._timed_out("total", self._total.after))
+        self.fail(timed_out(self.label, "total", self._total.after))
 
     def _close(self, error: ProxyError | None) -> None:
         if self.state is State.CLOSED:
@@ -392,13 +399,6 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _aborted(self, what: str) -> ProxyError:
         return ProxyError("upstream_aborted", f"Upstream '{self.label}' {what}.")
-
-    def _timed_out(self, clock: str, after: float) -> ProxyError:
-        return ProxyError(
-            "upstream_timeout",
-            f"Upstream '{self.label}' ran into its {clock} timeout of {after:g} s.",
-            clock=clock,
-        )
 
 
 class Clock:
@@ -478,12 +478,7 @@ async def connect(origin: Origin, timeout: float) -> UpstreamConnection:
                 raise _Explained("it spoke or hung up before it was asked", "closed at once")
             return connection
     except TimeoutError:
-        raise ProxyError(
-            "upstream_timeout",
-            f"Upstream '{origin.label}' ran into its connect timeout of {timeout:g} s.",
-            clock="connect",
-            detail=origin.place,
-        ) from None
+        raise timed_out(origin.label, "connect", timeout, origin.place) from None
     except OSError as error:
         raise ProxyError(
             "upstream_unreachable",

@@ -95,6 +95,7 @@ class ClientConnection(web.RequestHandler):
         "_flow",
         "_head_since",
         "_held",
+        "_left",
         "_out",
         "_payload",
         "_reader",
@@ -115,6 +116,7 @@ class ClientConnection(web.RequestHandler):
         self._timeouts = timeouts
         self._refuse = refuse
         self._flow: Flow | None = None
+        self._left: Callable[[], None] | None = None
         self._out: asyncio.Transport | None = None  # aiohttp forgets its own when it closes
         self._taken = 0  # how much the client had taken when that last changed
         self._waits_since: float | None = None  # and when that was, while bytes wait for it
@@ -140,6 +142,11 @@ class ClientConnection(web.RequestHandler):
         self._flow = flow
         if flow is not None and self.writing_paused:
             flow.pause()
+
+    def outlive(self, left: Callable[[], None] | None) -> None:
+        """Lets the handler go on when the client leaves; `left` is called then, instead of its being
+        cancelled. None: no more."""
+        self._left = left
 
     # How the client reads.
 
@@ -184,6 +191,9 @@ class ClientConnection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._server.silent.pop(self, None)
         self._out = None
+        if self._left is not None:
+            self._task_handler = None  # aiohttp would cancel it
+            self._left()
         if self._flow is not None:
             self._flow.client_lost()
         super().connection_lost(exc)
@@ -529,6 +539,11 @@ class Sink(web.StreamResponse):
         """Says whom to tell that the client reads too slowly, or has left."""
         self._connection.serve(flow)
 
+    @property
+    def keeps_up(self) -> bool:
+        """Whether the client takes what is written."""
+        return not self._connection.writing_paused
+
     def write(self, payload: bytes) -> None:  # type: ignore[override]  # never waits: see Flow
         if self._chunked:
             payload = chunk(payload)
@@ -569,3 +584,21 @@ class Sink(web.StreamResponse):
         """Waits for a reader that does not keep up, before the next pipelined request is answered:
         small answers that nobody reads would pile up, each below the high-water mark."""
         await self._writer.drain()
+
+
+class Nowhere(Sink):
+    """Where an answer goes that is read to its end though its client has left."""
+
+    keeps_up = False
+
+    def __init__(self) -> None: ...
+
+    def serve(self, flow: Flow | None) -> None: ...
+
+    def write(self, payload: bytes) -> None: ...  # type: ignore[override]
+
+    def flush(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def cut(self) -> None: ...

@@ -86,7 +86,14 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         upstream_auth=502,
     )
     | _kinds(Source.UPSTREAM, "timeout_error", upstream_timeout=504)
-    | _kinds(Source.PROXY, "overloaded_error", shutting_down=503, killed=503, store_unavailable=503)
+    | _kinds(
+        Source.PROXY,
+        "overloaded_error",
+        no_upstream_available=503,
+        shutting_down=503,
+        killed=503,
+        store_unavailable=503,
+    )
     | _kinds(Source.PROXY, "server_error", internal_error=500)
 )
 
@@ -101,8 +108,9 @@ class ProxyError(Exception):
 
     `message` says what happened, where, and what to do; it is shown to clients, so it never holds a
         key or an upstream's text. `detail` is for the log alone: addresses, the system's words. `clock`
-    names the timeout that ran out (connect, first_byte, idle, total), `limit` the limit that is used
-    up (requests, tokens, streams). `retry_after` is in seconds. `close` asks for the client's
+    names the timeout that ran out (connect, first_byte, idle, stall, total), `limit` the limit that is
+    used up (requests, tokens, streams). `retry_after` is in seconds. `said` is the error object of an
+    upstream, which a client is shown instead of ours, and nobody else. `close` asks for the client's
     connection to be closed.
     """
 
@@ -116,6 +124,7 @@ class ProxyError(Exception):
         limit: str | None = None,
         detail: str | None = None,
         retry_after: float | None = None,
+        said: Mapping[str, Any] | None = None,
         close: bool = False,
         extra_headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -128,6 +137,7 @@ class ProxyError(Exception):
         self.limit = limit
         self.detail = detail
         self.retry_after = retry_after
+        self._said = said
         self.close = close
         self._extra_headers = extra_headers or {}
 
@@ -137,6 +147,8 @@ class ProxyError(Exception):
 
     def as_object(self) -> dict[str, Any]:
         """The `error` object of OpenAI's API."""
+        if self._said is not None:
+            return dict(self._said)
         return {
             "message": self.message,
             "type": "tokens" if self.limit == "tokens" else self.kind.type,
@@ -174,17 +186,17 @@ class ProxyError(Exception):
             data = _json({"type": "error", "error": self.as_object()})
             return b"event: error\ndata: " + data + b"\n\n"
         if dialect is Dialect.RESPONSES:
-            data = _json(
-                {
-                    "type": "error",
-                    "code": self.code,
-                    "message": self.message,
-                    "param": self.param,
-                    "sequence_number": sequence_number,
-                }
-            )
+            error = self.as_object()
+            flat = {key: error.get(key) for key in ("code", "message", "param")}
+            data = _json({"type": "error", **flat, "sequence_number": sequence_number})
             return b"event: error\ndata: " + data + b"\n\n"
         return b"data: " + _json({"error": self.as_object()}) + b"\n\n"
+
+
+def timed_out(upstream: str, clock: str, after: float, detail: str | None = None) -> ProxyError:
+    """One of an upstream's clocks has run out: connect, first_byte, idle, stall or total."""
+    message = f"Upstream '{upstream}' ran into its {clock} timeout of {after:g} s."
+    return ProxyError("upstream_timeout", message, clock=clock, detail=detail)
 
 
 def _json(document: dict[str, Any]) -> bytes:

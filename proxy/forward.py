@@ -1,108 +1,33 @@
-"""F3 forward: asks an upstream, up to the point where its answer is there.
+"""F3 forward: asks a route's candidates, one after another, up to the first answer.
 
-Whatever happens in here can still become any answer, for the client has not seen a byte yet. An
-`Answer` is a head that has come and a body that is coming. It owns the connection below it, and
-whoever opened it closes it (`async with`).
+Whatever happens in here can still become any answer, for the client has not seen a byte of an
+upstream yet. What is tried again elsewhere, and why that may buy nothing twice, is decision 0012;
+in short:
+
+| an attempt ends in | next |
+|---|---|
+| any response but those below | it is the answer |
+| 401 to our key, 429, 5xx, a stream whose first event is an error | the next candidate; without one, it is relayed |
+| no connection; one that breaks off before a byte could be relayed | the next candidate; without one, 502, or 504 |
+| a timeout behind the request, or what is no HTTP | 504, 502: it may be at work, and be paid |
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
-from typing import Self
+from datetime import UTC, datetime
 
-from proxy import sse
+from proxy.answer import Answer, Call
+from proxy.auth import ANONYMOUS
+from proxy.circuit import Verdict
 from proxy.config import Route
-from proxy.connection import Receiver, UpstreamConnection
 from proxy.errors import ProxyError, Source
 from proxy.exchange import Ask, Exchange, Phase, Upload
-from proxy.framing import LAST_CHUNK, Header, ResponseHead, chunk
-from proxy.headers import request_headers
-from proxy.pool import Pool
-from proxy.upstreams import Upstream
+from proxy.framing import Header
+from proxy.headers import CREDENTIALS, request_headers, retry_after
+from proxy.upstreams import Turn, Upstream, choose, wait_for_any
 
-_JOINED = 64 * 1024  # bytes: a larger body is written by itself, to spare the copy
-
-
-class Call:
-    """A request on its way on one connection, which goes back to its pool in every ending."""
-
-    def __init__(self, connection: UpstreamConnection, pool: Pool) -> None:
-        self.connection = connection
-        self._pool = pool
-        self._uploading: asyncio.Task[None] | None = None
-
-    def send(self, head: bytes, body: bytes | Upload | None, exchange: Exchange) -> None:
-        """Writes the request; a body that streams goes up beside the answer's coming down, as an
-        upstream may answer before it has read everything."""
-        if isinstance(body, Upload):
-            self.connection.write(head)
-            self._uploading = asyncio.create_task(self._upload(body, exchange))
-            return
-        body = body or b""
-        exchange.bytes_up = len(body)
-        if len(body) <= _JOINED:
-            self.connection.write(head + body)
-        else:
-            self.connection.write(head)
-            self.connection.write(body)
-        self.connection.request_sent()
-
-    async def _upload(self, body: Upload, exchange: Exchange) -> None:
-        try:
-            self.connection.client_pauses()
-            async for piece in body.pieces:
-                exchange.bytes_up += len(piece)
-                self.connection.write(piece if body.length is not None else chunk(piece))
-                await self.connection.drain()
-                self.connection.client_pauses()
-            if body.length is None:
-                self.connection.write(LAST_CHUNK)
-            self.connection.request_sent()
-        except ProxyError as error:  # the client's doing: what went up must not look complete
-            self.connection.fail(error)
-
-    async def close(self) -> None:
-        try:
-            if self._uploading is not None:
-                self._uploading.cancel()
-                await asyncio.wait([self._uploading])
-        finally:
-            self._pool.release(self.connection)
-
-
-class Answer:
-    """An upstream's answer: its head, and its body as it comes."""
-
-    def __init__(self, head: ResponseHead, call: Call) -> None:
-        self.head = head
-        self.is_stream = head.content_type == sse.MEDIA_TYPE
-        self._call = call
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._call.close()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its bytes can be read and added to, as they are not compressed."""
-        return all(each.lower() == b"identity" for each in self.head.values(b"content-encoding"))
-
-    def deliver_to(self, receiver: Receiver) -> None:
-        """Hands the body to `receiver`, from its first byte, as it comes."""
-        self._call.connection.deliver_to(receiver)
-
-    def pause(self) -> None:
-        self._call.connection.pause()
-
-    def resume(self) -> None:
-        self._call.connection.resume()
-
-    def abort(self) -> None:
-        """Hangs up: the upstream stops generating."""
-        self._call.connection.abort()
+_ANSWER = "answer"
 
 
 class Forwarder:
@@ -114,81 +39,202 @@ class Forwarder:
 
     async def open(self, route: Route, ask: Ask, exchange: Exchange) -> Answer:
         """The answer to `ask`. Raises ProxyError if there is none to relay."""
-        upstream = self._upstreams[route.upstreams[0]]
         exchange.phase = Phase.WAITING
+        attempts = _Attempts([self._upstreams[name] for name in route.upstreams], route, ask)
+        last: Answer | None = None  # the last response, though it is no answer
+        failure: ProxyError | None = None
+        try:
+            while not exchange.left and (upstream := attempts.next(self._clock())):
+                try:
+                    response, result = await self._attempt(upstream, ask, exchange, attempts)
+                except ProxyError as error:
+                    if not _is_tried_elsewhere(error):
+                        raise
+                    failure = error
+                    continue
+                if last is not None:
+                    await last.close()
+                last = response
+                if result == _ANSWER:
+                    break
+            if last is None:
+                raise failure or _none_available(attempts.wait(self._clock()))
+            exchange.upstream = last.upstream.name
+            if _refuses_our_key(last):
+                # Its text is not shown: it can quote the key.
+                raise ProxyError(
+                    "upstream_auth",
+                    f"Upstream '{exchange.upstream}' refused the key that this proxy is configured "
+                    "with. Its operator must correct it; the caller can't.",
+                )
+        except BaseException:
+            if last is not None:
+                await last.close()
+            raise
+        return last
+
+    async def fetch(self, upstream: Upstream, ask: Ask, exchange: Exchange) -> Answer:
+        """One upstream's response, whatever it is: for what says nothing of how it generates, so that
+        it neither probes a circuit nor opens one. Raises ProxyError."""
+        if upstream.is_full:
+            raise _none_available(wait_for_any([upstream], self._clock()))
+        turn = upstream.begin(self._clock, counts=False)
+        try:
+            return await self._ask(upstream, turn, ask, exchange)
+        except BaseException:
+            turn.end()
+            raise
+
+    async def _attempt(
+        self, upstream: Upstream, ask: Ask, exchange: Exchange, attempts: _Attempts
+    ) -> tuple[Answer, str]:
+        """One candidate's response, and what it is: an answer, or why not. Raises ProxyError."""
         exchange.upstream = upstream.name
         exchange.attempts += 1
-        result = "cancelled"
+        turn, result = upstream.begin(self._clock), "cancelled"
+        response: Answer | None = None
         try:
-            answer = await self._attempt(upstream, ask, exchange)
-            result = _result(answer.head.status)
-            return answer
-        except ProxyError as error:
-            if error.kind.source is Source.UPSTREAM:
+            response = await self._ask(upstream, turn, ask, exchange)
+            result = await self._result(response, attempts)
+            if result == "rate_limited":
+                turn.judge(Verdict.NEITHER)
+                wait = retry_after(response.head, datetime.now(UTC))
+                upstream.rest(wait or 0.0, self._clock())
+            elif result != _ANSWER:
+                turn.judge(Verdict.FAILURE)
+            return response, result
+        except BaseException as error:
+            if isinstance(error, ProxyError) and error.kind.source is Source.UPSTREAM:
                 result = error.code
+                turn.judge(Verdict.NEITHER if error.clock == "total" else Verdict.FAILURE)
+            if response is not None:
+                response.abort()
+                await response.close()
+            turn.end()
             raise
         finally:
             exchange.attempt_results.append((upstream.name, result))
             if result != "cancelled":
-                upstream.last_error = None if result == "answer" else result
+                upstream.last_error = None if result == _ANSWER else result
 
-    async def _attempt(self, upstream: Upstream, ask: Ask, exchange: Exchange) -> Answer:
+    async def _result(self, response: Answer, attempts: _Attempts) -> str:
+        """Whether a response is an answer (interface, §3). A stream is looked into only if another
+        candidate could be asked: otherwise its head goes out at once."""
+        status = response.head.status
+        if status == 429:
+            return "rate_limited"
+        if status >= 500:
+            return "server_error"
+        if _refuses_our_key(response):
+            return "upstream_auth"
+        looks = response.succeeded and response.is_readable_stream
+        if looks and attempts.next_is_there(self._clock()) and await response.begins_with_error():
+            return "error_event"
+        return _ANSWER
+
+    async def _ask(self, upstream: Upstream, turn: Turn, ask: Ask, exchange: Exchange) -> Answer:
         """Asks on a pooled connection, and once more on a fresh one if that one was dead.
 
         A reused connection that ends before any byte came was, in all likelihood, closed while
-        idle, and the request never read: the one case in which a POST may be sent again (RFC 9112
-        9.3.1). A body that streams can't be sent again, so it gets a fresh connection at once.
+        idle, and the request never read (RFC 9112 9.3.1). A body that streams can't be sent again,
+        so it gets a fresh connection at once.
         """
-        connection = await upstream.pool.acquire(fresh=isinstance(ask.body, Upload))
+        connection, pool = await upstream.connect(fresh=isinstance(ask.body, Upload))
+        call = Call(connection, pool)
         try:
-            return await self._ask(connection, upstream, ask, exchange)
+            return await self._send(call, upstream, turn, ask, exchange)
         except ProxyError as error:
             stale = connection.reused and not connection.answered
             if not stale or error.code != "upstream_aborted":
                 raise
-        connection = await upstream.pool.acquire(fresh=True)
-        return await self._ask(connection, upstream, ask, exchange)
+        connection, pool = await upstream.connect(fresh=True)
+        return await self._send(Call(connection, pool), upstream, turn, ask, exchange)
 
-    async def _ask(
-        self, connection: UpstreamConnection, upstream: Upstream, ask: Ask, exchange: Exchange
+    async def _send(
+        self, call: Call, upstream: Upstream, turn: Turn, ask: Ask, exchange: Exchange
     ) -> Answer:
-        call = Call(connection, upstream.pool)
+        connection, settings = call.connection, upstream.terms.settings
         try:
-            timeouts = upstream.timeouts
+            timeouts = settings.timeouts
             connection.begin(
                 ask.method,
                 first_byte=timeouts.first_byte,
                 idle=timeouts.idle,
                 total=timeouts.total,
             )
-            exchange.forwarded = self._clock()
-            call.send(_request_head(upstream, ask), ask.body, exchange)
+            if exchange.forwarded is None:
+                exchange.forwarded = self._clock()
+            call.send(_request_head(upstream, ask, exchange), ask.body, exchange)
             head = await connection.head()
             exchange.first_byte = self._clock()
-            if head.status == 401 and upstream.injects:
-                # Its text is not shown: it can quote the key.
-                raise ProxyError(
-                    "upstream_auth",
-                    f"Upstream '{upstream.name}' refused the key that this proxy is configured "
-                    "with. Its operator must correct it; the caller can't.",
-                )
         except BaseException:
             connection.abort()
             await call.close()
             raise
-        return Answer(head, call)
+        return Answer(head, call, upstream, turn, exchange, bears_our_key=settings.injects)
 
 
-def _request_head(upstream: Upstream, ask: Ask) -> bytes:
+class _Attempts:
+    """A route's candidates, as far as one request may ask them: each once, `attempts` of them. What
+    streams up can't be sent twice."""
+
+    def __init__(self, candidates: list[Upstream], route: Route, ask: Ask) -> None:
+        self._candidates = candidates
+        self._left = 1 if isinstance(ask.body, Upload) else route.attempts
+        self._tried: list[Upstream] = []
+
+    def next(self, now: float) -> Upstream | None:
+        """The next one to ask; None if there is none."""
+        if not self._left:
+            return None
+        found = choose(self._candidates, self._tried, now)
+        if found is not None:
+            self._left -= 1
+            self._tried.append(found)
+        return found
+
+    def next_is_there(self, now: float) -> bool:
+        return self._left > 0 and choose(self._candidates, self._tried, now) is not None
+
+    def wait(self, now: float) -> float:
+        """In how many seconds one of them may be available."""
+        return wait_for_any(self._candidates, now)
+
+
+def _is_tried_elsewhere(error: ProxyError) -> bool:
+    """Whether the next candidate may be asked. A timeout behind the request means that it was
+    read; and what is no HTTP may be an answer all the same: either may have been paid for."""
+    return error.code in {"upstream_unreachable", "upstream_aborted"} or error.clock == "connect"
+
+
+def _refuses_our_key(response: Answer) -> bool:
+    return response.head.status == 401 and response.bears_our_key
+
+
+def _none_available(wait: float) -> ProxyError:
+    return ProxyError(
+        "no_upstream_available",
+        "No upstream for this model takes requests now: all are full, or rest by their own word. Try "
+        "again later.",
+        retry_after=wait,
+    )
+
+
+def _request_head(upstream: Upstream, ask: Ask, exchange: Exchange) -> bytes:
+    terms = upstream.terms
+    dropped = terms.dropped
+    if exchange.client != ANONYMOUS and not terms.rules.drops_credentials:
+        # A reload has removed all clients: this one's key stays here all the same.
+        dropped = dropped | CREDENTIALS
     fields = request_headers(
         ask.headers,
-        upstream.rules,
-        dropped=upstream.dropped,
-        credential=upstream.credential(),
+        terms.rules,
+        dropped=dropped,
+        credential=terms.credential(),
         framing=_framing(ask.body),
         identity=ask.identity,
     )
-    lines = [b"%b %b%b HTTP/1.1" % (ask.method.encode(), upstream.prefix, ask.target)]
+    lines = [b"%b %b%b HTTP/1.1" % (ask.method.encode(), terms.prefix, ask.target)]
     lines += [name + b": " + value for name, value in fields]
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
@@ -200,10 +246,3 @@ def _framing(body: bytes | Upload | None) -> Header | None:
     if length is None:
         return (b"Transfer-Encoding", b"chunked")
     return (b"Content-Length", b"%d" % length)
-
-
-def _result(status: int) -> str:
-    """The label of an attempt that got a response; 429 and 5xx are no answer (interface, §3)."""
-    if status == 429:
-        return "rate_limited"
-    return "server_error" if status >= 500 else "answer"

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
-from proxy.framing import Header
+from proxy.framing import Header, ResponseHead
 
 # Meant for one connection only (RFC 9110 7.6.1), whether or not Connection names them.
 HOP_BY_HOP = frozenset(
@@ -62,6 +65,7 @@ _RATE_LIMITS = frozenset(
 # Some gateways write 192.0.2.1:1234 or [2001:db8::1]:1234.
 _PORT = re.compile(r"^(\[[^\]]*\]|[0-9.]+):[0-9]+\Z")
 
+_WAIT = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -141,6 +145,23 @@ def response_headers(
         if name not in dropped and not name.startswith((_CORS_PREFIX, _OURS_PREFIX)):
             outbound.append(each)
     return outbound
+
+
+def retry_after(head: ResponseHead, now: datetime) -> float | None:
+    """For how many seconds a response asks to be left alone; None if it does not, or not readably.
+
+    It says so in seconds or as a date (RFC 9110 10.2.3); OpenAI and Azure also in milliseconds.
+    """
+    for name, unit in (b"retry-after-ms", 1000.0), (b"retry-after", 1.0):
+        for value in head.values(name):
+            if _WAIT.fullmatch(value):
+                return float(value) / unit
+            with suppress(ValueError, OverflowError):
+                date = parsedate_to_datetime(value.decode("latin-1"))
+                # Without a zone, as in asctime's format, it is in UTC (RFC 9110 5.6.7).
+                date = date if date.tzinfo else date.replace(tzinfo=UTC)
+                return max(0.0, (date - now).total_seconds())
+    return None
 
 
 def _nominated(fields: Sequence[Header]) -> frozenset[bytes]:

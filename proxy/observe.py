@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from proxy import __version__
 from proxy.config import Config
 from proxy.errors import ProxyError, Source
 from proxy.exchange import Exchange
+from proxy.upstreams import Upstream
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a time of creation beside each counter, which nobody asks for
 
@@ -60,6 +61,8 @@ class Observer:
         self.in_flight: dict[str, Exchange] = {}
         self._clock = clock
         self._metrics = _Metrics()
+        self.upstreams: Callable[[], Mapping[str, Upstream]] = dict  # as they are now
+        self._up: set[str] = set()  # upstreams whose gauge has been set, and must go when they do
         self._shown: set[str] = set()  # routes whose gauge has been set, and must go back to 0
         self.use(config)
 
@@ -107,6 +110,12 @@ class Observer:
         for route, count in counts.items():
             self._metrics.child(self._metrics.in_flight, route).set(count)
         self._shown = set(counts)
+        upstreams = self.upstreams()
+        for name in self._up - upstreams.keys():
+            self._metrics.forget(self._metrics.up, name)
+        for name, upstream in upstreams.items():
+            self._metrics.child(self._metrics.up, name).set(upstream.circuit.is_closed)
+        self._up = set(upstreams)
         return generate_latest(self._metrics.registry)
 
     async def watch_loop(self) -> None:
@@ -156,6 +165,7 @@ class _Metrics:
         )
         self.bytes = counter("sluice_bytes", "Body bytes relayed", "direction")
         self.chunks = counter("sluice_chunks", "Pieces of answers relayed")
+        self.heartbeats = counter("sluice_heartbeats", "Heartbeats written to clients")
         self.tokens = counter("sluice_tokens", "Tokens used", "client", "model", "type", "source")
         self.limit_rejections = counter(
             "sluice_limit_rejections", "Requests that a limit refused", "client", "limit"
@@ -164,6 +174,7 @@ class _Metrics:
         self.store_errors = counter("sluice_store_errors", "Calls of the store that failed")
         self.reloads = counter("sluice_config_reloads", "Reloads of the config", "result")
         self.in_flight = gauge("sluice_requests_in_flight", "Requests in progress", "route")
+        self.up = gauge("sluice_upstream_up", "Whether an upstream's circuit is closed", "upstream")
         self.loop_lag = gauge(
             "sluice_event_loop_lag_seconds", "How late the event loop last ran a timer"
         )
@@ -203,6 +214,10 @@ class _Metrics:
             found = self._children[key] = metric.labels(*labels)
         return found
 
+    def forget(self, metric: MetricWrapperBase, *labels: str) -> None:
+        del self._children[metric, labels]
+        metric.remove(*labels)
+
     def observe(self, exchange: Exchange, model: str) -> None:
         """Counts one ended exchange."""
         child, route = self.child, exchange.route
@@ -221,6 +236,8 @@ class _Metrics:
         if exchange.chunks:
             self.chunks.inc(exchange.chunks)
             child(self.bytes, "down").inc(exchange.bytes_down)
+        if exchange.heartbeats:
+            self.heartbeats.inc(exchange.heartbeats)
         if exchange.first_byte is not None:
             child(self.first_byte, route).observe(exchange.first_byte - exchange.received)
         if exchange.forwarded is not None and exchange.read is not None:

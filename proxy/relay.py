@@ -15,17 +15,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from proxy.downstream import Sink
-from proxy.errors import ProxyError, Source
+from proxy.answer import Answer
+from proxy.config import Route
+from proxy.downstream import Nowhere, Sink
+from proxy.errors import ProxyError, Source, timed_out
 from proxy.exchange import Exchange, Outcome, Phase
-from proxy.forward import Answer
 from proxy.sse import FirstToken, Tap
 from proxy.usage import Endpoint, Meter, UsageStripper, usage_of
 from proxy.usage.words import tokens_of
+from proxy.watch import Heartbeat, Stall
 
 _LONG_TAIL = 16 * 1024  # bytes
 _OUTCOMES = {
     "idle": Outcome.IDLE_TIMEOUT,
+    "stall": Outcome.STALL_TIMEOUT,
     "total": Outcome.TOTAL_TIMEOUT,
     "first_byte": Outcome.FIRST_BYTE_TIMEOUT,
     "shutting_down": Outcome.SHUTDOWN,
@@ -38,19 +41,25 @@ class Lane:
     `whole` says the latter also when nobody waits any more."""
 
     def __init__(
-        self, answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]
+        self,
+        answer: Answer,
+        sink: Sink,
+        exchange: Exchange,
+        route: Route,
+        clock: Callable[[], float],
     ) -> None:
         # Behind the usage of Responses stands what the client has said of itself, up to 8 KiB and more.
         self.tap = Tap(_LONG_TAIL) if exchange.endpoint is Endpoint.RESPONSES else Tap()
         self.whole = False
         self.ending: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
+        self.sink = sink
         self._answer = answer
-        self._sink = sink
         self._write: Callable[[bytes], None] = sink.write
         self._remember = self.tap.remember
         self._exchange = exchange
         self._clock = clock
-        readable = answer.is_stream and answer.is_plain
+        self._finishes = route.on_disconnect == "finish"
+        readable = answer.is_readable_stream
         self._first_token = FirstToken() if readable else None
         if answer.is_plain and exchange.endpoint is not Endpoint.NONE:
             exchange.meter = Meter(exchange.endpoint, answer.is_stream)
@@ -58,6 +67,11 @@ class Lane:
         self._stripper = UsageStripper() if readable and exchange.hides_usage else None
         if self._stripper is not None:
             self._write = self._write_stripped
+        self._heartbeat: Heartbeat | None = None
+        self._stall: Stall | None = None
+        if readable:
+            self._heartbeat = Heartbeat(route.heartbeat, sink, exchange, clock, self.tap)
+            self._stall = Stall(answer.stall_timeout, exchange, self.tap, clock, self._stalled)
 
     # What the upstream connection calls.
 
@@ -77,35 +91,68 @@ class Lane:
     def _write_stripped(self, data: bytes) -> None:
         assert self._stripper is not None
         if data := self._stripper.feed(data):
-            self._sink.write(data)
+            self.sink.write(data)
 
     def ended(self, error: ProxyError | None) -> None:
         if self._stripper is not None and (left := self._stripper.flush()):
-            self._sink.write(left)
+            self.sink.write(left)
         self.whole = error is None
         if not self.ending.done():
             self.ending.set_result(error)
+
+    @property
+    def gave_all(self) -> bool:
+        """Whether the client has had the whole answer."""
+        return self.whole or (self._answer.is_stream and self.tap.saw_last_event)
 
     # What the client's connection calls.
 
     def pause(self) -> None:
         self._answer.pause()
+        if self._stall is not None:
+            self._stall.pause()
 
     def resume(self) -> None:
         self._answer.resume()
+        if self._stall is not None:
+            self._stall.resume()
 
     def client_lost(self) -> None:
-        """The client has left: the upstream is told in the same moment."""
-        self._answer.abort()
+        """The client has left: the upstream is told in the same moment, unless the answer is to be
+        read to its end all the same."""
+        if not self._finishes:
+            self._answer.abort()
+            return
+        self._exchange.delivered = self.gave_all
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        self.sink = Nowhere()
+        self._write = self.sink.write
+        self._stripper = None
+        self.resume()
+
+    # And what the watches do.
+
+    def _stalled(self) -> None:
+        self._answer.fail(
+            timed_out(self._answer.upstream.name, "stall", self._answer.stall_timeout)
+        )
+
+    def stop_watching(self) -> None:
+        for watch in self._heartbeat, self._stall:
+            if watch is not None:
+                watch.stop()
 
 
-async def relay(answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[[], float]) -> None:
+async def relay(
+    answer: Answer, sink: Sink, exchange: Exchange, route: Route, clock: Callable[[], float]
+) -> None:
     """Relays the whole body, and ends the client's answer as the upstream's ended.
 
     A cut never looks complete: see `_end`. Raises CancelledError if the client has left.
     """
     exchange.phase = Phase.RELAYING
-    lane = Lane(answer, sink, exchange, clock)
+    lane = Lane(answer, sink, exchange, route, clock)
     sink.serve(lane)
     try:
         answer.deliver_to(lane)
@@ -116,25 +163,23 @@ async def relay(answer: Answer, sink: Sink, exchange: Exchange, clock: Callable[
         error = exchange.interrupted()
         if error is None:
             # A client that leaves right after the last byte of a whole answer has had it all.
-            whole = lane.whole or (answer.is_stream and lane.tap.saw_last_event)
-            exchange.outcome = Outcome.COMPLETED if whole else Outcome.CLIENT_GONE
+            exchange.outcome = Outcome.COMPLETED if lane.gave_all else Outcome.CLIENT_GONE
             raise
     finally:
+        lane.stop_watching()
         sink.serve(None)
         _count(answer, lane, exchange)
-    _end(answer, sink, exchange, lane.tap, error)
+    _end(answer, lane, exchange, error)
 
 
-def _end(
-    answer: Answer, sink: Sink, exchange: Exchange, tap: Tap, error: ProxyError | None
-) -> None:
+def _end(answer: Answer, lane: Lane, exchange: Exchange, error: ProxyError | None) -> None:
     """Finishes the client's answer: whole, or visibly not.
 
     A failure behind the head is an event of the path's protocol if that can stand there, and then,
     in any case, the connection ends without the last chunk: so also a client that ignores error
     events sees the cut. An upstream that said `[DONE]` has finished, whatever its framing lacks.
     """
-    readable = answer.is_stream and answer.is_plain
+    sink, tap, readable = lane.sink, lane.tap, answer.is_readable_stream
     if error is None or (readable and tap.saw_last_event):
         sink.finish()
         exchange.outcome = _outcome_of_whole(answer, tap)

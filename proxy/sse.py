@@ -5,8 +5,10 @@ into a stream lives here, outside that loop, and reads it the way the WHATWG spe
 (https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation):
 lines end in LF, CRLF or CR, a blank line ends an event, lines that begin with a colon are comments.
 
-`Tap` remembers the first and the last bytes of a body and answers questions about them once, after
-the last byte. `FirstToken` looks at events until the first with content, and then retires.
+`FirstEvent` holds a stream back until it is clear whether it begins with an error. `FirstToken` looks
+at events until the first with content, and then retires. `Tap` remembers the first and the last bytes
+of a body and answers questions about them once, after the last byte. `has_payload` and `has_data` look at what
+was remembered, now and then, and `HEARTBEAT` is all that is ever added between two events of others.
 """
 
 from __future__ import annotations
@@ -18,18 +20,23 @@ from typing import Any
 import msgspec
 
 MEDIA_TYPE = b"text/event-stream"
+# A comment without the blank line that a client's parser may take for an event (openai-python #2722).
+HEARTBEAT = b":\n"
 _KEEP = (
     4 * 1024
 )  # bytes that a tap remembers of each end; usage and the end marks fit in many times
 _EVENT_BEGIN = 256  # bytes of a long event's beginning: its name, type and number
 _MAX_EVENT = 256 * 1024  # a longer event is not looked into
+_MAX_HELD = 64 * 1024  # bytes of a stream's beginning that are held back
+_MAX_EMPTY = 1024  # bytes; no comment, ping or empty delta is as long
 
 _BOM = b"\xef\xbb\xbf"  # one at the start of a stream is ignored
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 # A blank line is two line ends in a row; CR LF is one of them, never two.
 _BLANK = rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)"
 _EVENT_END = re.compile(_BLANK)
-_BETWEEN_EVENTS = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|" + _BLANK + rb")(?::[^\r\n]*[\r\n]+)*\Z")
+_WITHOUT_DATA = re.compile(rb":|event:|id:|retry:|(?:data: ?)?\Z")
+_NAMED_ERROR = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])event: ?error[\r\n]")
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number":\s*(\d{1,15})')
 
 # The last event of a stream that its upstream considers whole: chat and legacy completions,
@@ -72,9 +79,16 @@ class Tap:
 
     @property
     def on_event_boundary(self) -> bool:
-        """Whether an event may be added: nothing yet, or a blank line and then only comments."""
-        tail = self.tail if self._whole else b"x" + self.tail  # no false start of the stream
-        return _BETWEEN_EVENTS.search(tail) is not None
+        """Whether an event may be added at the end: nothing yet, or a blank line and then only comments."""
+        begun, *lines = reversed(_LINE_END.split(self.tail.removeprefix(_BOM)))
+        content = next((line for line in lines if line[:1] != b":"), None)
+        return not begun and (self._whole if content is None else not content)
+
+    @property
+    def is_between_events(self) -> bool:
+        """Whether a comment may be added, and the stream go on behind it. A CR at the end may be half
+        of a line's end: what followed would be a blank line of its own."""
+        return self.on_event_boundary and not self.tail.endswith(b"\r")
 
     @property
     def saw_last_event(self) -> bool:
@@ -85,8 +99,8 @@ class Tap:
     def began_with_error(self) -> bool:
         """Whether the first event is an error: no answer, though its status is 200."""
         for event in events_of(self.head):
-            if data := event_data(event):
-                return is_error(data)
+            if event_data(event):
+                return is_error(event)
         return False
 
     @property
@@ -104,6 +118,34 @@ def _without_middle(payload: bytes, keep: int) -> bytes:
     if begin >= end:
         return payload[end:]  # with what stands before the last event: usage, in most dialects
     return payload[begin : begin + _EVENT_BEGIN] + payload[max(begin + _EVENT_BEGIN, end) :]
+
+
+class FirstEvent:
+    """Holds a stream back until its first event with data is whole; comments and the like before it
+    are no news. What is longer than `_MAX_HELD` is no error."""
+
+    __slots__ = ("_begin", "_seen", "held", "is_error")
+
+    def __init__(self) -> None:
+        self.held = bytearray()
+        self.is_error = False
+        self._begin = 0  # of the first event that is not whole
+        self._seen = False
+
+    def seen_in(self, payload: bytes) -> bool:
+        """Whether the event has come by the end of `payload`; True also when it gives up looking."""
+        searched = max(self._begin, len(self.held) - 3)  # a blank line may have begun there
+        self.held += payload
+        if self._seen:
+            return True
+        for match in _EVENT_END.finditer(self.held, searched):
+            event, self._begin = bytes(self.held[self._begin : match.end()]), match.end()
+            if event_data(event):
+                self.is_error = is_error(event)
+                self._seen = True
+                return True
+        self._seen = len(self.held) > _MAX_HELD
+        return self._seen
 
 
 class FirstToken:
@@ -165,6 +207,22 @@ def has_token(data: bytes) -> bool:
     return False
 
 
+def has_payload(part: bytes, *, cut: bool) -> bool:
+    """Whether a part of a stream holds generated text, reasoning or a tool call. `cut`: more came
+    before it, so that it may begin within an event; one too long to be an empty one counts."""
+    events = events_of(part)
+    if cut:
+        begun, *lines = _LINE_END.split(events[0] if events else part)
+        if len(begun) + sum(len(line) for line in lines if line[:1] != b":") > _MAX_EMPTY:
+            return True
+    return any(has_token(event_data(event)) for event in events)
+
+
+def has_data(part: bytes) -> bool:
+    """Whether a part of a stream holds data, or a piece of a line that may be some."""
+    return not all(_WITHOUT_DATA.match(line) for line in _LINE_END.split(part))
+
+
 _NOT_PAYLOAD = {"role", "type", "stop_reason", "stop_sequence"}
 
 
@@ -174,12 +232,17 @@ def _filled(delta: Any) -> bool:
     )
 
 
-def is_error(data: bytes) -> bool:
-    """Whether an event's data reports an error: `{"error": {...}}`, or a type that says so."""
-    document = _object(data)
+def is_error(event: bytes) -> bool:
+    """Whether an event reports an error: by its name, as `{"error": {...}}`, or by a type that says so
+    (`object` of vLLM)."""
+    if _NAMED_ERROR.search(event):
+        return True
+    document = _object(event_data(event))
     if document is None:
         return False
-    return bool(document.get("error")) or document.get("type") in ("error", "response.failed")
+    if document.get("error") or document.get("object") == "error":
+        return True
+    return document.get("type") in ("error", "response.failed")
 
 
 def _object(data: bytes) -> dict[str, Any] | None:

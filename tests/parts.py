@@ -21,8 +21,10 @@ _SEARCH = os.pathsep.join(
         "/usr/sbin",  # nginx; not on every user's PATH
     ]
 )
+_MODULES = Path(__file__).parent / "real/node_modules"
 _FILES = {
-    "aimock": Path(__file__).parent / "real/node_modules/@copilotkit/aimock/dist/cli.js",
+    "aimock": _MODULES / "@copilotkit/aimock/dist/cli.js",
+    "openai-node": _MODULES / "openai/index.mjs",
 }
 
 

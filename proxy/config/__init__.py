@@ -3,11 +3,12 @@
 from proxy.config.document import ConfigError
 from proxy.config.keys import KeySource
 from proxy.config.loading import load
-from proxy.config.models import Client, Config, Limits, Route, Timeouts, Upstream
+from proxy.config.models import Circuit, Client, Config, Limits, Route, Timeouts, Upstream
 from proxy.config.rendering import render, schema
 from proxy.config.values import Rate
 
 __all__ = [
+    "Circuit",
     "Client",
     "Config",
     "ConfigError",

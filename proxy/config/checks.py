@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from proxy.config.document import Document, Where
-from proxy.config.models import Config, Limits, Part, Route, Timeouts, Upstream
+from proxy.config.models import Config, Limits, Part, Route, Upstream
 
 
 def check(config: Config, document: Document) -> None:
@@ -55,8 +55,6 @@ def _candidates(route: Route, at: Where, config: Config, document: Document) -> 
             document.complain((*at, index), f"is an unknown upstream: known are {known}")
         elif name in route.upstreams[:index]:
             document.complain((*at, index), "is a candidate of this route already")
-        elif index:
-            document.complain((*at, index), "failover is not available yet: name one upstream")
 
 
 def _labels(section: str, names: list[str], reserved: str, document: Document) -> None:
@@ -123,23 +121,11 @@ def _is_loopback(host: str) -> bool:
 
 # Not available yet ---------------------------------------------------------------------------
 
-_NOTHING = object()
-
 # The keys, and what may be said all the same because it means "off".
 NOT_YET: Mapping[type[Part], Mapping[str, object]] = {
     Config: {
         "default_model": None,
         "resume": None,
-    },
-    Upstream: {"max_streams": None, "circuit": _NOTHING},
-    Timeouts: {"stall": _NOTHING},
-    Route: {
-        "model": None,
-        "attempts": 1,
-        "on_disconnect": "cancel",
-        "finish_cap": _NOTHING,
-        "commit_after": _NOTHING,
-        "heartbeat": 0,
     },
 }
 

@@ -71,8 +71,13 @@ class Meter:
     @property
     def tokens(self) -> int:
         """The estimate for all that was fed so far."""
+        return tokens_of(self.characters)
+
+    @property
+    def characters(self) -> int:
+        """How many characters of text there were in all that was fed so far."""
         waiting, _ = _cut_escape(_unquoted(b"".join(self._pieces)))
-        return tokens_of(self._characters + self._count(waiting))
+        return self._characters + self._count(waiting)
 
     def _digest(self) -> None:
         text = b"".join(self._pieces)

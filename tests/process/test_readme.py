@@ -15,7 +15,7 @@ from tests.breaks import BREAKS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-EXAMPLE, CONFIG = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+EXAMPLE, CONFIG, SEVERAL = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 ENVIRON = {"OPENAI_API_KEY": "sk-none", "WEB_KEY": "sk-web"}
 
 
@@ -29,6 +29,8 @@ def test_its_config_loads_and_is_complete(tmp_path: Path) -> None:
     assert shown.keys() == yaml.safe_load(effective).keys()
     upstream = yaml.safe_load(effective)["upstreams"]["openai"]
     assert upstream.keys() - shown["upstreams"]["openai"].keys() == {"api_key_file"}
+    route = yaml.safe_load(effective)["routes"][0]
+    assert route.keys() == shown["routes"][0].keys()
 
 
 def test_the_defaults_it_shows_are_the_defaults(tmp_path: Path) -> None:
@@ -39,6 +41,16 @@ def test_the_defaults_it_shows_are_the_defaults(tmp_path: Path) -> None:
     examples = {"routes": (), "clients": (), "limits": config.Limits()}
     plain = config.load(file, {})
     assert shown.model_copy(update=examples) == plain.model_copy(update=examples)
+    says_all, says_nothing = shown.routes
+    own = {"models": (), "name": ""}
+    assert says_all.model_copy(update=own) == says_nothing.model_copy(update=own)
+
+
+def test_its_example_with_several_upstreams_loads(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(SEVERAL)
+    failover, alias = config.load(file, ENVIRON).routes
+    assert (failover.upstreams, alias.model) == (("openai", "local"), "tiny-chat")
 
 
 def test_its_example_with_clients_loads(tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ import pytest
 
 from proxy import config
 from proxy.app import App
+from proxy.connection import UpstreamConnection
 from proxy.downstream import ClientConnection
 from proxy.errors import ProxyError
 from proxy.exchange import Outcome
+from proxy.pool import Pool
 
-DEMO = "upstreams: {demo: {base_url: 'demo://'}}\n"
+DEMO = "upstreams:\n  demo: {base_url: 'demo://'}\n"
+ROUTED = "routes: [{models: ['*'], upstreams: [up]}]\n"
 CHAT = b'{"model":"sluice-demo","messages":[{"role":"user","content":"Hi!"}]}'
 
 
@@ -305,6 +308,103 @@ async def test_a_reload_holds_for_new_requests(start: Start, tmp_path: Path) -> 
     reply = await story.asks("/v1/chat/completions", "POST", CHAT, Origin=PAGE)
     assert (reply.status, reply.code) == (413, "request_too_large")
     assert reply.headers["access-control-allow-origin"] == PAGE
+
+
+class Up:
+    """An upstream whose connections are made when the test lets them."""
+
+    def __init__(self) -> None:
+        self.knocks = 0
+        self.opens = asyncio.Event()
+        self.transports: list[Transport] = []
+
+    async def connect(self) -> UpstreamConnection:
+        self.knocks += 1
+        await self.opens.wait()
+        connection = UpstreamConnection("up")
+        self.transports.append(Transport())
+        connection.connection_made(self.transports[-1])
+        return connection
+
+    async def knocked(self) -> None:
+        async with asyncio.timeout(10):
+            while not self.knocks:
+                await asyncio.sleep(0)
+
+    async def heard(self) -> bytes:
+        """The first request that went up."""
+        self.opens.set()
+        async with asyncio.timeout(10):
+            while not self.transports or not self.transports[0].written:
+                await asyncio.sleep(0)
+        return self.transports[0].written
+
+
+def asking(*fields: str) -> bytes:
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: s", "Content-Type: application/json"]
+    lines += [*fields, f"Content-Length: {len(CHAT)}"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + CHAT
+
+
+async def test_who_waits_for_an_upstream_goes_up_with_the_key_of_now(
+    start: Start, tmp_path: Path
+) -> None:
+    def settings(key: str) -> str:
+        return f"  up: {{base_url: 'http://up.example', api_key: {key}}}\n" + ROUTED
+
+    story, up = start(settings("sk-first")), Up()
+    story.app._setup.upstreams["up"].pool = Pool(up.connect)
+    story.says(asking())
+    await up.knocked()
+    story.app.reload(load(tmp_path, settings("sk-second")))
+    sent = await up.heard()
+    assert b"Bearer sk-second" in sent
+    assert b"sk-first" not in sent
+
+
+async def test_a_clients_key_never_goes_up_whatever_a_reload_says_meanwhile(
+    start: Start, tmp_path: Path
+) -> None:
+    # interface.md, §3: `A key that identified a client never goes up, whatever auth`. Where there are
+    # no clients any more, the credentials of later requests are their own.
+    upstream = "  up: {base_url: 'http://up.example'}\n" + ROUTED
+    story, up = start(upstream + "clients: [{name: web, key: the-clients-key}]\n"), Up()
+    story.app._setup.upstreams["up"].pool = Pool(up.connect)
+    story.says(asking("Authorization: Bearer the-clients-key"))
+    await up.knocked()
+    story.app.reload(load(tmp_path, upstream))
+    assert b"the-clients-key" not in await up.heard()
+
+
+async def test_a_reload_that_cannot_be_built_changes_nothing(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = start("  up: {base_url: 'http://up.example', api_key: sk-first}\n" + ROUTED)
+    before, terms = story.app._setup, story.app._setup.upstreams["up"].terms
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no descriptors left")
+
+    later = load(tmp_path, "  up: {base_url: 'http://other.example', api_key: sk-2}\n" + ROUTED)
+    for part in "Auth", "Router", "Cors":
+        with monkeypatch.context() as patch:
+            patch.setattr(f"proxy.app.{part}", fails)
+            with pytest.raises(OSError, match="no descriptors"):
+                story.app.reload(later)
+        assert story.app._setup is before
+        assert story.app._setup.upstreams["up"].terms is terms, part
+
+
+async def test_what_a_reload_removes_is_forgotten(start: Start, tmp_path: Path) -> None:
+    story = start("  up: {base_url: 'http://up.example'}\n")
+    gone = story.app._setup.upstreams["up"]
+    metrics = (await story.asks("/metrics")).body
+    assert b'sluice_upstream_up{upstream="up"} 1.0' in metrics
+    story.app.reload(load(tmp_path, ""))
+    assert repr(gone.pool) == "<Pool idle=0 closed>"
+    metrics = (await story.asks("/metrics")).body
+    assert b'upstream="up"' not in metrics
+    assert b'sluice_upstream_up{upstream="demo"} 1.0' in metrics
 
 
 async def test_trusted_addresses_are_traced_at_debug(

@@ -10,16 +10,19 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from proxy import config
+from proxy.answer import Answer
 from proxy.auth import Auth
-from proxy.chat import Chat, commit
+from proxy.catalog import Catalog
+from proxy.chat import Chat
 from proxy.connection import Receiver
 from proxy.downstream import Sink
 from proxy.errors import ProxyError
 from proxy.exchange import Ask, Exchange, Outcome
-from proxy.forward import Answer, Forwarder
+from proxy.forward import Forwarder
 from proxy.framing import ResponseHead
 from proxy.inbound import Bounds
 from proxy.limits import Limiter
+from proxy.reply import Reply
 from proxy.routing import Router
 from proxy.store.memory import MemoryCounters
 
@@ -27,12 +30,13 @@ from proxy.store.memory import MemoryCounters
 class Upstream:
     """An answer that is all there, or ends with an error."""
 
-    is_plain = True
+    is_plain = succeeded = True
+    stall_timeout = 60.0
 
     def __init__(self, *payload: bytes, stream: bool = True, end: ProxyError | None = None) -> None:
         media_type = b"text/event-stream" if stream else b"text/plain"
         self.head = ResponseHead(1, 200, b"OK", ((b"Content-Type", media_type),))
-        self.is_stream = stream
+        self.is_stream = self.is_readable_stream = stream
         self.closed = False
         self._payload, self._end = payload, end
 
@@ -52,6 +56,9 @@ class Upstream:
     def abort(self) -> None: ...
 
 
+NOBODY = ProxyError("no_upstream_available", "", retry_after=7)
+
+
 class Forwards:
     """Opens what it is given, or raises it."""
 
@@ -61,23 +68,34 @@ class Forwards:
 
     async def open(self, route: config.Route, ask: Ask, exchange: Exchange) -> Answer:
         self.asked.append((route.name, ask))
-        exchange.upstream, exchange.attempts = "up", 2
+        if not (isinstance(self._result, ProxyError) and self._result.code == NOBODY.code):
+            exchange.upstream, exchange.attempts = "up", 2
         if isinstance(self._result, BaseException):
             raise self._result
         return cast(Answer, self._result)
 
 
+class Lists:
+    """A catalog that leaves lists of models to the upstreams."""
+
+    def serves(self, *_: object) -> bool:
+        return False
+
+
 class Story:
-    def __init__(self, result: Upstream | BaseException, *patterns: str) -> None:
+    def __init__(
+        self, result: Upstream | BaseException, *patterns: str, model: str | None = None
+    ) -> None:
         self.forwards = Forwards(result)
         models = patterns or ("*",)
-        route = config.Route(models=models, name="route", upstreams=("up",))
+        route = config.Route(models=models, name="route", upstreams=("up",), model=model)
         self.chat = Chat(
             Auth([], config.Limits(), ()),
             Bounds(100, 1),
             Router([route]),
             Limiter(MemoryCounters(lambda: 7.0)),
             cast(Forwarder, self.forwards),
+            cast(Catalog, Lists()),
             lambda: 7.0,
         )
         self.exchange = Exchange("id", "id", "GET", "/v1/models", 0.0)
@@ -126,6 +144,9 @@ async def test_no_answer() -> None:
         (ProxyError("upstream_timeout", "", clock="first_byte"), Outcome.FIRST_BYTE_TIMEOUT),
         (ProxyError("request_timeout", ""), Outcome.CLIENT_GONE),
         (ProxyError("upstream_auth", ""), Outcome.UPSTREAM_ERROR),
+        (ProxyError("upstream_timeout", "", clock="stall"), Outcome.STALL_TIMEOUT),
+        (ProxyError("upstream_timeout", "", clock="idle"), Outcome.IDLE_TIMEOUT),
+        (ProxyError("upstream_timeout", "", clock="connect"), Outcome.UPSTREAM_ERROR),
     ],
 )
 async def test_why_there_is_none(error: ProxyError, outcome: Outcome) -> None:
@@ -157,6 +178,16 @@ async def test_no_upstream_is_asked_for_what_no_route_takes() -> None:
     assert (story.exchange.route, story.exchange.outcome) == ("none", None)
 
 
+async def test_no_upstream_was_asked_where_none_was_available() -> None:
+    story = Story(NOBODY)
+    with pytest.raises(ProxyError) as caught:
+        await story.play()
+    assert caught.value.headers()["Retry-After"] == "7"
+    # Refused, though by a route: nothing was asked, so there is no outcome.
+    assert (story.exchange.route, story.exchange.upstream) == ("route", None)
+    assert story.exchange.outcome is None
+
+
 async def test_a_cut_is_no_error_of_ours_any_more() -> None:
     upstream = Upstream(b"data: 1\n\n", end=ProxyError("upstream_aborted", "cut"))
     story = Story(upstream)
@@ -181,5 +212,7 @@ async def test_a_client_that_left_in_the_moment_of_the_head() -> None:
 async def test_commit(stream: bool) -> None:
     exchange = Exchange("id", "id", "GET", "/v1/models", 0.0, upstream="up", attempts=1)
     request = make_mocked_request("GET", "/v1/models")
-    commit(request, cast(Answer, Upstream(stream=stream)), exchange, [])
+    route = config.Route(models=("*",), name="route", upstreams=("up",))
+    reply = Reply(request, Ask("GET", b"/models", ()), exchange, [], route, lambda: 7.0)
+    await reply.commit(cast(Answer, Upstream(stream=stream)))
     assert (exchange.status, exchange.stream) == (200, stream)

@@ -104,6 +104,30 @@ def test_defaults_of_a_route(config):
     assert (found.finish_cap, found.commit_after, found.heartbeat) == (300, 30, 15)
 
 
+SEVERAL = (
+    "upstreams:\n"
+    "  a: {base_url: http://a, max_streams: 5, circuit: {failures: 2, rest: 500ms}}\n"
+    "  b: {base_url: http://b, timeouts: {stall: 90}}\n"
+    "routes:\n"
+    "  - {models: [m], upstreams: [b, a], model: x, attempts: 3, on_disconnect: finish, finish_cap: 1m,\n"
+    "     commit_after: 1500ms, heartbeat: 0}\n"
+    "  - {models: ['*'], upstreams: [a], attempts: '${ONE}', heartbeat: '${PAUSE}', model: null}\n"
+)
+
+
+def test_several_candidates(config):
+    found = config(SEVERAL, {"ONE": "1", "PAUSE": "2s"})
+    a, b = found.upstreams.values()
+    assert (a.max_streams, b.max_streams) == (5, None)
+    assert a.circuit.model_dump() == {"failures": 2, "rest": 0.5}
+    assert (a.timeouts.stall, b.timeouts.stall) == (300, 90)
+    first, second = found.routes
+    assert (first.upstreams, first.model, first.attempts) == (("b", "a"), "x", 3)
+    assert (first.on_disconnect, first.finish_cap) == ("finish", 60)
+    assert (first.commit_after, first.heartbeat) == (1.5, 0)
+    assert (second.model, second.attempts, second.heartbeat) == (None, 1, 2)
+
+
 def test_without_routes_everything_goes_to_the_first_upstream(config):
     found = config("upstreams: {b: {base_url: http://b}, a: {base_url: http://a}}\n")
     (only,) = found.routes
@@ -275,7 +299,7 @@ def test_keys_are_not_expanded(problems):
 
 # What is wrong: `(text, beginning of each line)` -----------------------------------------------
 
-ALLOWED_UPSTREAM = "api_key, api_key_file, auth, base_url, ca_file, egress, headers, timeouts"
+ALLOWED_UPSTREAM = "api_key, api_key_file, auth, base_url, ca_file, circuit, egress, headers, max_streams, timeouts"
 YAML_TROUBLE = [
     ("", ["1: is empty"]),
     ("# nothing\n", ["1: is empty"]),
@@ -516,6 +540,11 @@ CLIENT_TROUBLE = [
     ),
     (MINIMAL + "clients: [{name: a, key: ' '}]\n", ["2: clients[0].key: must not be blank"]),
     (MINIMAL + "clients: [{name: anonymous, key: x}]\n", ["2: clients[0].name: must not be"]),
+    (MINIMAL + "clients: [{key: k}]\n", ["2: clients[0].name: is required"]),
+    (MINIMAL + "limits: {requests: 60}\n", ["2: limits.requests: must be a rate"]),
+    (MINIMAL + "limits: {tokens: [1/minute, 0/day]}\n", ["2: limits.tokens"]),
+    (MINIMAL + "limits: {requests: []}\n", ["2: limits.requests: must not be empty"]),
+    (MINIMAL + "store: mysql://\n", ["2: store: must be memory, redis://"]),
     (
         MINIMAL + "limits: {requests: [60/minute, 10/60s]}\n",
         ["2: limits.requests: must not have two rates over the same time"],
@@ -527,34 +556,31 @@ CLIENT_TROUBLE = [
 ]  # fmt: skip
 NOT_YET = [
     (MINIMAL + "default_model: gpt-4o\n", ["2: default_model: is not available yet: leave it out"]),
-    (upstream(max_streams="5"), ["4: upstreams.a.max_streams: is not available yet"]),
-    (upstream(circuit="{failures: 5}"), ["4: upstreams.a.circuit: is not available yet: leave it"]),
-    (upstream(circuit="{}"), ["4: upstreams.a.circuit: is not available yet"]),
-    (upstream(timeouts="{stall: 5m}"), ["4: upstreams.a.timeouts.stall: is not available yet"]),
-    (route(model="x"), ["6: routes[0].model: is not available yet"]),
-    (route(attempts="2"), ["6: routes[0].attempts: is not available yet: leave it out"]),
-    (route(on_disconnect="finish"), ["6: routes[0].on_disconnect: is not available yet: leave it out"]),
-    (route(finish_cap="5m"), ["6: routes[0].finish_cap: is not available yet"]),
-    (route(commit_after="30s"), ["6: routes[0].commit_after: is not available yet"]),
-    (route(heartbeat="15s"), ["6: routes[0].heartbeat: is not available yet: leave it out"]),
-    (
-        ("upstreams: {a: {base_url: http://a}, b: {base_url: http://b}}\n"
-        "routes: [{models: [m], upstreams: [a, b]}]\n"),
-        ["2: routes[0].upstreams[1]: failover is not available yet: name one upstream"],
-    ),
     (MINIMAL + "resume: {}\n", ["2: resume: is not available yet: leave it out"]),
 ]  # fmt: skip
 NOT_YET_AND_WRONG = [
-    (upstream(circuit="{failures: 0}"), ["4: upstreams.a.circuit.failures: must be at least 1"]),
-    (upstream(max_streams="many"), ["4: upstreams.a.max_streams: must be a whole number"]),
-    (route(attempts="two"), ["6: routes[0].attempts: must be a whole number"]),
-    (route(heartbeat="-1s"), ["6: routes[0].heartbeat: must be a duration"]),
-    (MINIMAL + "clients: [{key: k}]\n", ["2: clients[0].name: is required"]),
-    (MINIMAL + "limits: {requests: 60}\n", ["2: limits.requests: must be a rate"]),
-    (MINIMAL + "limits: {tokens: [1/minute, 0/day]}\n", ["2: limits.tokens: must be a rate"]),
-    (MINIMAL + "limits: {requests: []}\n", ["2: limits.requests: must not be empty"]),
-    (MINIMAL + "store: mysql://\n", ["2: store: must be memory, redis://"]),
     (MINIMAL + "resume: {max_bytes: 1PB}\n", ["2: resume.max_bytes: must be a size"]),
+]  # fmt: skip
+FAILOVER_TROUBLE = [
+    (upstream(max_streams="0"), ["4: upstreams.a.max_streams: must be at least 1"]),
+    (upstream(max_streams="many"), ["4: upstreams.a.max_streams: must be a whole number"]),
+    (upstream(max_streams="1.5"), ["4: upstreams.a.max_streams: must be a whole number"]),
+    (upstream(circuit="{failures: 0}"), ["4: upstreams.a.circuit.failures: must be at least 1"]),
+    (upstream(circuit="{rest: 0}"), ["4: upstreams.a.circuit.rest: must be longer than 0"]),
+    (upstream(circuit="{pause: 1}"), ["4: upstreams.a.circuit.pause: is an unknown key: allowed are failures, rest"]),
+    (upstream(circuit="null"), ["4: upstreams.a.circuit: is empty, and must be a mapping"]),
+    (upstream(timeouts="{stall: 0}"), ["4: upstreams.a.timeouts.stall: must be longer than 0"]),
+    (upstream(timeouts="{stall: null}"), ["4: upstreams.a.timeouts.stall: is empty, and must be a duration"]),
+    (route(attempts="0"), ["6: routes[0].attempts: must be at least 1"]),
+    (route(attempts="two"), ["6: routes[0].attempts: must be a whole number"]),
+    (route(on_disconnect="continue"), ["6: routes[0].on_disconnect: must be one of 'cancel' or 'finish'"]),
+    (route(finish_cap="0"), ["6: routes[0].finish_cap: must be longer than 0"]),
+    (route(commit_after="-1"), ["6: routes[0].commit_after: must be a duration"]),
+    (route(heartbeat="-1s"), ["6: routes[0].heartbeat: must be a duration"]),
+    (route(model="''"), ["6: routes[0].model: must not be blank"]),
+    (route(model="4"), ["6: routes[0].model: must be text: put it in quotes"]),
+    (route(upstreams="[a, b]"), ["5: routes[0].upstreams[1]: is an unknown upstream: known are a"]),
+    (route(upstreams="[]"), ["5: routes[0].upstreams: must not be empty"]),
 ]  # fmt: skip
 
 
@@ -566,7 +592,8 @@ NOT_YET_AND_WRONG = [
     + UPSTREAM_TROUBLE
     + ROUTE_TROUBLE
     + COMBINED_TROUBLE
-    + CLIENT_TROUBLE,
+    + CLIENT_TROUBLE
+    + FAILOVER_TROUBLE,
 )
 def test_refused(problems, text, expected):
     found = problems(text)
@@ -590,13 +617,10 @@ def test_what_is_not_available_yet_is_checked_all_the_same(problems, text, expec
     [
         MINIMAL + "default_model: null\nclients: []\nlimits: {}\nstore: memory\n",
         MINIMAL + "store_failure: allow\nresume: null\n",
-        upstream(max_streams="null"),
-        route(model="null", attempts="1", on_disconnect="cancel", heartbeat="0"),
-        route(heartbeat="0s", attempts="'${ONE}'"),
     ],
 )
 def test_what_means_off_is_accepted_before_the_feature_is_there(config, text):
-    config(text, {"ONE": "1"})
+    config(text)
 
 
 # What would never end, or fill memory ------------------------------------------------------------
@@ -940,6 +964,7 @@ def test_the_last_good_key_stays_and_each_change_is_logged_once(tmp_path, caplog
 
 ROUND_TRIPS = [
     MINIMAL,
+    SEVERAL.replace("'${ONE}'", "1").replace("'${PAUSE}'", "90s"),
     "upstreams: {a: {base_url: 'demo://'}}\nroutes: [{models: ['gpt-[34]* x', $$x], upstreams: [a]}]",
     "upstreams:\n  a:\n    base_url: https://a/$${x}\n    timeouts: {connect: 90, total: 1ms, idle: 0.0001}\n",
     MINIMAL + "trusted_proxies: [10.0.0.0/8, '::1']\nmax_body: 1000\ndrain_notice: 570ms\nopen: true\n"
@@ -964,9 +989,16 @@ def test_rendered_readably_with_defaults(config):
         "head": "10s", "body": "30s", "keep_alive": "75s", "write": "2m",
     }  # fmt: skip
     assert found["upstreams"]["a"]["timeouts"] == {
-        "connect": "5s", "first_byte": "10m", "idle": "90s", "total": "2h",
+        "connect": "5s", "first_byte": "10m", "idle": "90s", "stall": "5m", "total": "2h",
     }  # fmt: skip
-    assert found["routes"] == [{"models": ["*"], "name": "default", "upstreams": ["a"]}]
+    assert found["upstreams"]["a"]["max_streams"] is None
+    assert found["upstreams"]["a"]["circuit"] == {"failures": 5, "rest": "30s"}
+    assert found["routes"] == [
+        {
+            "models": ["*"], "name": "default", "upstreams": ["a"], "model": None, "attempts": 2,
+            "on_disconnect": "cancel", "finish_cap": "5m", "commit_after": "30s", "heartbeat": "15s",
+        }
+    ]  # fmt: skip
     assert "resume" not in found
 
 
@@ -1010,6 +1042,11 @@ def test_schema_says_what_may_be_written():
     for example in ("5m", "30", "500ms", "${VAR}"):
         assert re.search(text["pattern"], example)
     assert not re.search(text["pattern"], "5 apples")
+    route = schema()["$defs"]["Route"]["properties"]
+    assert route["on_disconnect"]["anyOf"][0]["enum"] == ["cancel", "finish"]
+    assert route["attempts"]["anyOf"][0] == {"type": "integer", "minimum": 1}
+    for name in ("heartbeat", "commit_after", "finish_cap"):
+        assert re.search(route[name]["anyOf"][1]["pattern"], "1500ms")
     assert schema()["$defs"]["Listen"]["properties"]["port"]["anyOf"] == [
         {"type": "integer", "minimum": 0, "maximum": 65535},
         {"type": "string", "pattern": r"\$\{"},

@@ -16,6 +16,7 @@ from proxy.downstream import (
     ClientConnection,
     Handler,
     LastAnswer,
+    Nowhere,
     Server,
     Sink,
     Timeouts,
@@ -377,6 +378,93 @@ async def test_a_client_that_leaves_is_told_before_its_handler_is_cancelled(serv
     await settle()
     assert flow.told == ["lost", "cancelled"]
     talk.connection.serve(None)
+
+
+async def test_whoever_writes_may_ask_whether_the_client_keeps_up(serve: Serve) -> None:
+    asked: list[Sink] = []
+    talk = await serve(sinks(SIZED, b"hello", "finish", then=asked.append))
+    await talk.says(GET)
+    [sink] = asked
+    assert sink.keeps_up
+    talk.connection.pause_writing()
+    assert not sink.keeps_up
+    talk.connection.resume_writing()
+    assert sink.keeps_up
+
+
+# Outliving the client -------------------------------------------------------------------------
+
+
+def outliving(told: list[str], until: asyncio.Event, *, then: bool = True) -> Handler:
+    """A handler that goes on without its client, until it is let; `then`: to the end of it."""
+
+    async def handler(request: web.BaseRequest) -> web.StreamResponse:
+        connection = cast(ClientConnection, request.protocol)
+        connection.serve(flow := Flow())
+        flow.told = told
+        connection.outlive(lambda: told.append("left"))
+        try:
+            await until.wait()
+            told.append("finished")
+            if not then:
+                connection.outlive(None)
+                await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            told.append("cancelled")
+            raise
+        finally:
+            connection.outlive(None)
+            connection.serve(None)
+        return web.Response(text="ok")
+
+    return handler
+
+
+async def test_a_handler_may_outlive_its_client(serve: Serve) -> None:
+    told: list[str] = []
+    until = asyncio.Event()
+    talk = await serve(outliving(told, until))
+    await talk.says(GET)
+    talk.connection.connection_lost(None)
+    assert told == ["left", "lost"]
+    await settle()
+    assert told == ["left", "lost"]  # and nothing cancels it
+    until.set()
+    await settle()
+    assert told == ["left", "lost", "finished"]
+
+
+async def test_who_no_longer_outlives_is_cancelled_with_its_client(serve: Serve) -> None:
+    told: list[str] = []
+    until = asyncio.Event()
+    until.set()
+    talk = await serve(outliving(told, until, then=False))
+    await talk.says(GET)
+    talk.connection.connection_lost(None)
+    await settle()
+    assert told == ["finished", "lost", "cancelled"]
+
+
+async def test_nobody_is_told_of_a_client_that_leaves_behind_its_answer(serve: Serve) -> None:
+    told: list[str] = []
+    until = asyncio.Event()
+    until.set()
+    talk = await serve(outliving(told, until))
+    assert (await talk.says(GET)).endswith(b"ok")
+    talk.connection.connection_lost(None)
+    await settle()
+    assert told == ["finished"]
+
+
+async def test_nowhere_takes_everything_and_shows_nothing() -> None:
+    nowhere = Nowhere()
+    nowhere.serve(flow := Flow())
+    nowhere.write(b"x" * 100_000)
+    nowhere.flush()
+    nowhere.finish()
+    nowhere.cut()
+    assert flow.told == []
+    assert not nowhere.keeps_up  # so nobody writes a heartbeat there
 
 
 async def forever(request: web.BaseRequest) -> web.StreamResponse:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from proxy.errors import KINDS, Dialect, ProxyError, Source
+from proxy.errors import KINDS, Dialect, ProxyError, Source, timed_out
 
 # interface.md, §4, as far as its codes exist yet; and two of our own, from §6 and from nowhere.
 TABLE = {
@@ -185,3 +186,68 @@ def test_what_an_error_says_of_itself() -> None:
     error = ProxyError("upstream_timeout", "Slow.", clock="idle")
     assert (error.status, error.clock, error.close) == (504, "idle", False)
     assert str(error) == "('upstream_timeout', 'Slow.')"
+
+
+@pytest.mark.parametrize("clock", ["connect", "first_byte", "idle", "stall", "total"])
+def test_a_timeout_says_which(clock: str) -> None:
+    # interface.md, §4: `the message says which: connect, first_byte, idle, stall, total`
+    error = timed_out("azure", clock, 0.5, "10.0.0.1:443")
+    assert (error.status, error.code, error.clock) == (504, "upstream_timeout", clock)
+    assert error.kind.source is Source.UPSTREAM
+    assert error.message == f"Upstream 'azure' ran into its {clock} timeout of 0.5 s."
+    assert error.detail == "10.0.0.1:443"  # for the log alone
+    for dialect in Dialect:
+        assert b"10.0.0.1" not in error.body(dialect) + error.event(dialect, 0)
+
+
+@pytest.mark.parametrize(("after", "shown"), [(60.0, "60"), (0.25, "0.25"), (86400.0, "86400")])
+def test_a_timeout_is_told_in_plain_seconds(after: float, shown: str) -> None:
+    assert f" {shown} s" in timed_out("up", "idle", after).message
+
+
+# What an upstream has said itself ---------------------------------------------------------------
+
+THEIRS = {"message": "Too long.", "type": "theirs", "param": "messages", "code": "too_long"}
+
+
+def data_of(event: bytes) -> Any:
+    [line] = [line for line in event.splitlines() if line.startswith(b"data: ")]
+    return json.loads(line.removeprefix(b"data: "))
+
+
+@pytest.mark.parametrize("said", [THEIRS, {**THEIRS, "inner": {"a": [1]}}, {"message": "m"}, {}])
+def test_an_upstreams_own_words_are_passed_on(said: dict[str, Any]) -> None:
+    error = ProxyError("upstream_invalid", "Ours.", said=said)
+    assert error.as_object() == said
+    assert data_of(error.event(Dialect.CHAT, 0)) == {"error": said}
+    assert data_of(error.event(Dialect.MESSAGES, 0)) == {"type": "error", "error": said}
+    assert json.loads(error.body(Dialect.MESSAGES)) == {"type": "error", "error": said}
+
+
+def test_an_upstreams_own_words_are_flat_in_responses() -> None:
+    error = ProxyError("upstream_invalid", "Ours.", said=THEIRS)
+    flat = {"code": "too_long", "message": "Too long.", "param": "messages"}
+    document = {"type": "error", **flat, "sequence_number": 3}
+    assert data_of(error.event(Dialect.RESPONSES, 3)) == document
+    terse = ProxyError("upstream_invalid", "Ours.", said={"message": "m"})
+    assert data_of(terse.event(Dialect.RESPONSES, 0)) == {
+        "type": "error",
+        "code": None,
+        "message": "m",
+        "param": None,
+        "sequence_number": 0,
+    }
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+def test_an_upstreams_own_words_are_told_to_the_client_alone(dialect: Dialect) -> None:
+    said = {"message": "a\nb\r\n\r\ndata: \u2028 sk-x", "code": "\ud800"}
+    error = ProxyError("upstream_invalid", "Ours.", said=said)
+    assert "sk-x" not in f"{error} {error!r} {error.args} {error.message} {error.detail}"
+    event = error.event(dialect, 0)
+    assert event.count(b"\n\n") == 1
+    assert event.endswith(b"\n\n")
+    assert b"\r" not in event
+    assert b"sk-x" in event
+    error.as_object().clear()
+    assert error.event(dialect, 0) == event

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from ipaddress import ip_network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from proxy.framing import Header
+from proxy.framing import Header, ResponseHead
 from proxy.headers import (
     CREDENTIALS,
     HOP_BY_HOP,
@@ -17,6 +22,7 @@ from proxy.headers import (
     request_headers,
     request_id,
     response_headers,
+    retry_after,
 )
 
 HOST = (b"Host", b"up.example:8443")
@@ -238,6 +244,91 @@ def test_a_stream_loses_what_would_be_a_lie() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_upstream_cannot_speak_for_us(name: bytes, stream: bool) -> None:
     assert down((name, b"*"), (b"A", b"1"), stream=stream) == [(b"A", b"1")]
+
+
+# How long to stay away ------------------------------------------------------------------------
+
+NOW = datetime(1994, 11, 6, 8, 49, 0, tzinfo=UTC)
+
+
+def wait(*fields: Header) -> float | None:
+    return retry_after(ResponseHead(1, 429, b"", fields), NOW)
+
+
+@pytest.fixture(params=["UTC", "America/New_York", "Asia/Kathmandu"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine's own time zone is none of an upstream's business."""
+    monkeypatch.setenv("TZ", request.param)
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (b"0", 0.0),
+        (b"120", 120.0),
+        (b"1.5", 1.5),
+        (b"999999999", 999999999.0),
+        # RFC 9110 5.6.7: a date in its one format, and in the two old ones
+        (b"Sun, 06 Nov 1994 08:49:37 GMT", 37.0),
+        (b"Sunday, 06-Nov-94 08:49:37 GMT", 37.0),
+        (b"Sun Nov  6 08:49:37 1994", 37.0),
+        (b"Sun, 06 Nov 1994 09:49:37 +0100", 37.0),  # what RFC 5322 allows more
+        (b"Sun, 06 Nov 1994 08:49:37 -0000", 37.0),
+        (b"Sun, 06 Nov 1994 08:48:37 GMT", 0.0),  # over
+    ],
+)
+def test_seconds_or_a_date(value: bytes, seconds: float) -> None:
+    assert wait((b"Retry-After", value)) == seconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(b"", b" ", b"-1", b"+1", b"1e3", b"0x10", b"1.", b".5", b"1,5", b"1 2", b"soon", b"NaN"),
+        b"\xd9\xa1",  # a digit elsewhere
+        b"1" * 5000,
+        b"Sun, 99 Nov 1994 08:49:37 GMT",
+        b"Sun, 06 Nov 1994 25:61:61 GMT",
+        b"Sun, 06 Nov 99999 08:49:37 GMT",
+        b"Sun, 06 Nov 1994 08:49:37 +999999999",
+        b"Sun, 06 Nov 1994 08:49:37 +99999999999999999999",
+    ],
+)
+def test_what_cannot_be_read_says_nothing(value: bytes) -> None:
+    assert wait((b"Retry-After", value)) is None
+
+
+def test_the_end_of_all_dates_is_far_away_in_any_zone() -> None:
+    for zone in b"GMT", b"+0100", b"-0100":
+        assert (wait((b"Retry-After", b"Fri, 31 Dec 9999 23:59:59 " + zone)) or 0.0) > 1e11
+
+
+@given(st.one_of(st.binary(max_size=40), st.text("Sun, 06Nov1994:8+-GMTJa./", max_size=40)))
+def test_no_value_is_a_reason_to_fail(value: bytes | str) -> None:
+    value = value if isinstance(value, bytes) else value.encode()
+    assert (wait((b"Retry-After", value)) or 0.0) >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ([], None),
+        ([(b"retry-after-ms", b"250")], 0.25),
+        ([(b"Retry-After-Ms", b"1500.5")], 1.5005),
+        ([(b"Retry-After", b"1"), (b"retry-after-ms", b"250")], 0.25),  # the finer one
+        ([(b"retry-after-ms", b"soon"), (b"Retry-After", b"7")], 7.0),
+        ([(b"Retry-After", b"soon"), (b"retry-after", b"7")], 7.0),
+        ([(b"Retry-After", b"7"), (b"retry-after", b"9")], 7.0),
+        ([(b"x-ratelimit-reset-requests", b"1s")], None),
+    ],
+)
+def test_who_says_how_long(fields: list[Header], seconds: float | None) -> None:
+    assert wait(*fields) == seconds
 
 
 # Loops, ids, addresses ----------------------------------------------------------------------

@@ -10,9 +10,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy import __version__, config
+from proxy.circuit import Verdict
+from proxy.connection import UpstreamConnection
 from proxy.errors import ProxyError
 from proxy.exchange import Exchange, Outcome
 from proxy.observe import CONTENT_TYPE, Observer, new_id
+from proxy.upstreams import Upstream
 
 # interface.md, §5
 COUNTERS = {
@@ -90,7 +93,20 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def observer(clock: Clock) -> Observer:
-    return Observer(configured(("gpt-4o", "gpt-*"), ("claude-[34]", "x?")), clock)
+    observer = Observer(configured(("gpt-4o", "gpt-*"), ("claude-[34]", "x?")), clock)
+    upstreams = named("up")
+    observer.upstreams = lambda: upstreams
+    return observer
+
+
+async def nowhere() -> UpstreamConnection:
+    raise AssertionError("nobody connects here")
+
+
+def named(*names: str) -> dict[str, Upstream]:
+    """Upstreams that are taken out by one failure."""
+    settings = config.Upstream(base_url="http://up.example", circuit=config.Circuit(failures=1))
+    return {name: Upstream(name, settings, nowhere) for name in names}
 
 
 def samples(observer: Observer) -> dict[str, float]:
@@ -259,6 +275,69 @@ async def test_requests_in_flight(observer: Observer) -> None:
     # Nothing is in flight any more, on no route of whatever config.
     assert sum(in_flight().values()) == 0
     assert observer.in_flight == {}
+
+
+async def test_which_upstreams_are_in_rotation(observer: Observer) -> None:
+    def up() -> dict[str, float]:
+        prefix = "sluice_upstream_up{upstream="
+        found = samples(observer)
+        return {n[len(prefix) : -1]: v for n, v in found.items() if n.startswith(prefix)}
+
+    upstreams = named("a", "b")
+    observer.upstreams = lambda: upstreams
+    assert up() == {"a": 1, "b": 1}
+    upstreams["a"].begin(lambda: 0.0).end(Verdict.FAILURE)
+    assert up() == {"a": 0, "b": 1}
+    probe = upstreams["a"].begin(lambda: 100.0)
+    assert up() == {"a": 0, "b": 1}  # not before it has ended well
+    probe.end(Verdict.SUCCESS)
+    assert up() == {"a": 1, "b": 1}
+    # A reload takes one away, and brings another; a third brings the first back.
+    upstreams["c"] = named("c")["c"]
+    gone = upstreams.pop("a")
+    assert up() == {"b": 1, "c": 1}
+    assert up() == {"b": 1, "c": 1}
+    gone.begin(lambda: 0.0).end(Verdict.FAILURE)
+    assert up() == {"b": 1, "c": 1}
+    upstreams["a"] = gone
+    assert up() == {"a": 0, "b": 1, "c": 1}
+
+
+async def test_heartbeats(observer: Observer, clock: Clock) -> None:
+    assert samples(observer)["sluice_heartbeats_total"] == 0
+    play(observer, clock, stream=True, status=200, first_byte=101.0, heartbeats=3)
+    play(observer, clock, status=200, heartbeats=2)  # none but ours: nothing came of its upstream
+    found = samples(observer)
+    assert found["sluice_heartbeats_total"] == 5
+    # They are no bytes of the answer.
+    assert found["sluice_bytes_total{direction=down}"] == 0
+    assert found["sluice_chunks_total"] == 0
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+async def test_every_outcome_is_counted_by_its_name(
+    observer: Observer, clock: Clock, outcome: Outcome
+) -> None:
+    play(observer, clock, route="gpt-4o", upstream="up", status=200, outcome=outcome)
+    name = f"sluice_outcomes_total{{outcome={outcome.value},route=gpt-4o}}"
+    assert samples(observer)[name] == 1
+    assert outcome.value in {
+        "completed", "client_gone", "upstream_error", "upstream_truncated", "first_byte_timeout",
+        "idle_timeout", "stall_timeout", "total_timeout", "shutdown", "stopped", "abandoned", "killed",
+    }  # fmt: skip
+
+
+async def test_each_attempt_is_counted_for_its_upstream(observer: Observer, clock: Clock) -> None:
+    results = [("a", "upstream_unreachable"), ("b", "rate_limited"), ("c", "answer")]
+    play(observer, clock, upstream="c", attempts=3, status=200, attempt_results=results)
+    play(observer, clock, upstream="c", attempts=1, status=200, attempt_results=results[2:])
+    found = samples(observer)
+    prefix = "sluice_upstream_attempts_total"
+    assert {name: value for name, value in found.items() if name.startswith(prefix)} == {
+        f"{prefix}{{result=upstream_unreachable,upstream=a}}": 1,
+        f"{prefix}{{result=rate_limited,upstream=b}}": 1,
+        f"{prefix}{{result=answer,upstream=c}}": 2,
+    }
 
 
 async def test_reloads_are_counted(observer: Observer) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
+from proxy import config
+from proxy.answer import Answer
 from proxy.connection import Receiver
 from proxy.downstream import Flow, Sink
 from proxy.errors import ProxyError
 from proxy.exchange import Exchange, Outcome, Phase
-from proxy.forward import Answer
 from proxy.framing import ResponseHead
 from proxy.relay import outcome_of, relay
 
+BEAT = b":\n"
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 ROLE = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -22,13 +25,21 @@ ABORTED = ProxyError("upstream_aborted", "cut")
 SILENT = ProxyError("upstream_timeout", "silent", clock="idle")
 
 
+class Named:
+    name = "up"
+
+
 class Upstream:
     """An answer whose body the test speaks."""
+
+    upstream = Named
+    stall_timeout = 80.0
 
     def __init__(self, *, stream: bool = True, plain: bool = True, status: int = 200) -> None:
         self.head = ResponseHead(1, status, b"", ())
         self.is_stream = stream
         self.is_plain = plain
+        self.is_readable_stream = stream and plain
         self.did: list[str] = []
         self.receiver: Receiver | None = None
 
@@ -44,11 +55,17 @@ class Upstream:
     def abort(self) -> None:
         self.did.append("abort")
 
+    def fail(self, error: ProxyError) -> None:
+        self.did.append("fail")
+        assert self.receiver is not None
+        self.receiver.ended(error)
+
 
 class Client:
     """A sink that writes down what it is told."""
 
     def __init__(self) -> None:
+        self.keeps_up = True
         self.got: list[Any] = []
         self.flow: Flow | None = None
         self.flows = 0
@@ -70,13 +87,60 @@ class Client:
         self.got.append("cut")
 
 
+class Timers:
+    """The loop's timers and the clock, moved by hand."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, start: float) -> None:
+        self.now = start
+        self.waiting: list[asyncio.TimerHandle] = []
+        self._loop = asyncio.get_running_loop()
+        patch.setattr(self._loop, "call_later", self._call_later)
+
+    def _call_later(
+        self, seconds: float, callback: Callable[..., object], *args: object
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(self.now + seconds, callback, args, self._loop)
+        self.waiting.append(handle)
+        return handle
+
+    @property
+    def running(self) -> list[asyncio.TimerHandle]:
+        self.waiting = [each for each in self.waiting if not each.cancelled()]
+        return self.waiting
+
+    def advance(self, seconds: float) -> None:
+        """Lets time pass, and all timers fire that are due by then."""
+        end = self.now + seconds
+        while due := [each for each in self.running if each.when() <= end]:
+            first = min(due, key=asyncio.TimerHandle.when)
+            self.waiting.remove(first)
+            self.now = max(self.now, first.when())
+            first._run()
+        self.now = end
+
+
 class Story:
-    def __init__(self, path: str = "/v1/chat/completions", **upstream: Any) -> None:
+    def __init__(
+        self,
+        path: str = "/v1/chat/completions",
+        route: dict[str, Any] | None = None,
+        **upstream: Any,
+    ) -> None:
         self.upstream = Upstream(**upstream)
         self.client = Client()
         self.exchange = Exchange("id", "id", "POST", path, 0.0)
+        self.route = config.Route(models=("*",), name="all", upstreams=("up",), **(route or {}))
         self.now = 10.0
+        self.timers: Timers | None = None
         self.task: asyncio.Task[None]
+
+    def with_timers(self, patch: pytest.MonkeyPatch) -> Timers:
+        """Time that only the test moves."""
+        self.timers = Timers(patch, self.now)
+        return self.timers
+
+    def clock(self) -> float:
+        return self.now if self.timers is None else self.timers.now
 
     async def begin(self) -> Receiver:
         """Relays up to the head."""
@@ -85,7 +149,8 @@ class Story:
                 cast(Answer, self.upstream),
                 cast(Sink, self.client),
                 self.exchange,
-                lambda: self.now,
+                self.route,
+                self.clock,
             )
         )
         self.exchange.task = self.task
@@ -330,10 +395,287 @@ async def test_an_interruption_ends_as_a_cut(
     assert story.upstream.did == ["abort"]
 
 
+# While nothing comes ------------------------------------------------------------------------------
+
+PING = b": ping\n\n"
+EMPTY = b'data: {"choices":[{"delta":{}}]}\n\n'
+
+
+async def test_a_client_gets_heartbeats_while_nothing_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    story = Story(route={"heartbeat": 15})
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    timers.advance(14.9)
+    assert story.client.got == ["flush"]
+    timers.advance(0.1)
+    assert story.client.got == ["flush", BEAT]
+    timers.advance(10)
+    receiver.payload(EVENT)
+    timers.advance(14.9)
+    assert story.client.got == ["flush", BEAT, EVENT]
+    timers.advance(30.1)
+    assert story.client.got == ["flush", BEAT, EVENT, BEAT, BEAT, BEAT]
+    receiver.ended(None)
+    await story.task
+    assert story.client.got[6:] == ["finish"]
+    assert story.exchange.heartbeats == 4
+    # They are ours: neither the record nor a decision about the end takes them for the upstream's.
+    assert (story.exchange.chunks, story.exchange.bytes_down) == (1, len(EVENT))
+    assert timers.running == []
+
+
+@pytest.mark.parametrize(
+    ("upstream", "route", "pieces"),
+    [
+        ({}, {"heartbeat": 0}, [EVENT]),
+        ({}, {}, [EVENT, EVENT[:9]]),  # within an event
+        ({}, {}, [EVENT[:-1]]),
+        ({"stream": False}, {}, [b"{}"]),
+        ({"plain": False}, {}, [EVENT]),
+    ],
+)
+async def test_but_not_where_it_could_do_harm(
+    upstream: dict[str, Any],
+    route: dict[str, Any],
+    pieces: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    story = Story(route={"heartbeat": 15} | route, **upstream)
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    for piece in pieces:
+        receiver.payload(piece)
+    timers.advance(60)
+    assert story.client.got == ["flush", *pieces]
+    receiver.ended(None)
+    await story.task
+    assert (story.exchange.heartbeats, timers.running) == (0, [])
+
+
+async def test_a_client_that_does_not_read_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(route={"heartbeat": 15})
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    story.client.keeps_up = False
+    timers.advance(60)
+    assert story.client.got == ["flush"]
+    story.client.keeps_up = True
+    timers.advance(15)
+    assert story.client.got == ["flush", BEAT]
+    receiver.ended(None)
+    await story.task
+
+
+async def test_a_beat_between_two_events_is_no_trouble_for_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A failure's event may follow a heartbeat: it stands on a boundary too.
+    story = Story(route={"heartbeat": 15})
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    receiver.payload(EVENT)
+    timers.advance(15)
+    receiver.ended(ABORTED)
+    await story.task
+    event = ABORTED.event(story.exchange.dialect, 0)
+    assert story.client.got == ["flush", EVENT, BEAT, event, "cut"]
+
+
+@pytest.mark.parametrize(
+    ("path", "piece", "stalls"),
+    [
+        ("/v1/chat/completions", PING, True),
+        ("/v1/chat/completions", ROLE, True),
+        ("/v1/chat/completions", EMPTY, True),
+        ("/v1/chat/completions", EVENT, False),
+        (
+            "/v1/chat/completions",
+            b'data: {"choices":[{"delta":{"reasoning_content":"x"}}]}\n\n',
+            False,
+        ),
+        (
+            "/v1/chat/completions",
+            b'data: {"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}\n\n',
+            False,
+        ),
+        ("/v1/messages", b'event: ping\ndata: {"type":"ping"}\n\n', True),
+        (
+            "/v1/messages",
+            b'data: {"type":"content_block_delta","delta":{"type":"text_delta","text":"x"}}\n\n',
+            False,
+        ),
+        ("/v1/responses", b'data: {"type":"response.in_progress"}\n\n', True),
+        ("/v1/responses", b'data: {"type":"response.output_text.delta","delta":"x"}\n\n', False),
+    ],
+)
+async def test_a_stream_that_says_nothing_is_given_up(
+    path: str, piece: bytes, stalls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(path, route={"heartbeat": 0})
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    for _ in range(20):
+        receiver.payload(piece)
+        timers.advance(5)
+        if story.upstream.did:
+            break
+    assert story.upstream.did == (["fail"] if stalls else [])
+    if not stalls:
+        receiver.ended(None)
+    await story.task
+    if stalls:
+        # It has `stall_timeout`, 80 s, and an eighth of that until it is noticed.
+        assert 80 <= timers.now - 10 <= 90
+        event, cut = story.client.got[-2:]
+        assert b"stall timeout of 80 s" in event
+        assert (cut, story.exchange.outcome) == ("cut", Outcome.STALL_TIMEOUT)
+    else:
+        assert story.exchange.outcome is Outcome.COMPLETED
+    assert timers.running == []
+
+
+async def test_the_clock_stands_still_while_the_client_does_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    story = Story(route={"heartbeat": 0})
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    receiver.payload(PING)
+    timers.advance(40)
+    flow = story.client.flow
+    assert flow is not None
+    flow.pause()
+    timers.advance(1000)
+    assert story.upstream.did == ["pause"]
+    flow.resume()
+    timers.advance(39)
+    assert story.upstream.did == ["pause", "resume"]
+    timers.advance(11)
+    assert story.upstream.did == ["pause", "resume", "fail"]
+    await story.task
+    assert story.exchange.outcome is Outcome.STALL_TIMEOUT
+
+
+@pytest.mark.parametrize("upstream", [{"stream": False}, {"plain": False}])
+async def test_what_cannot_be_read_is_never_said_to_stall(
+    upstream: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(**upstream)
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    receiver.payload(PING)
+    timers.advance(1000)
+    assert (story.upstream.did, timers.running) == ([], [])
+    receiver.ended(None)
+    await story.task
+
+
+# A client that leaves, and the answer is read to its end ------------------------------------------
+
+FINISH = {"on_disconnect": "finish"}
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":13}}\n\n'
+
+
+def leave(story: Story) -> None:
+    """The client does, and the handler is not cancelled: see ClientConnection.outlive."""
+    assert story.client.flow is not None
+    story.client.flow.client_lost()
+
+
+async def test_an_answer_that_is_finished_without_its_client() -> None:
+    story = Story(route=FINISH)
+    receiver = await story.begin()
+    receiver.payload(EVENT)
+    leave(story)
+    for piece in EVENT, USAGE, DONE:
+        receiver.payload(piece)
+    receiver.ended(None)
+    await story.task
+    assert "abort" not in story.upstream.did
+    assert story.client.got == ["flush", EVENT]  # what came later goes nowhere
+    exchange = story.exchange
+    assert (exchange.tokens_in, exchange.tokens_out) == (7, 13)
+    assert exchange.tokens_source == "upstream"
+    assert exchange.bytes_down == len(EVENT + EVENT + USAGE + DONE)
+
+
+async def test_it_is_read_on_also_if_the_client_had_held_it() -> None:
+    story = Story(route=FINISH)
+    receiver = await story.begin()
+    assert story.client.flow is not None
+    story.client.flow.pause()
+    leave(story)
+    assert story.upstream.did == ["pause", "resume"]
+    receiver.ended(None)
+    await story.task
+
+
+@pytest.mark.parametrize("end", [ABORTED, SILENT])
+async def test_and_nobody_is_told_how_it_fails(end: ProxyError) -> None:
+    story = Story(route=FINISH)
+    receiver = await story.begin()
+    receiver.payload(EVENT)
+    leave(story)
+    receiver.ended(end)
+    await story.task
+    assert story.client.got == ["flush", EVENT]
+    assert story.exchange.outcome is outcome_of(end, Outcome.UPSTREAM_TRUNCATED)
+
+
+async def test_nobody_gets_heartbeats_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(route=FINISH | {"heartbeat": 15})
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    receiver.payload(EVENT)
+    leave(story)
+    timers.advance(60)
+    assert story.client.got == ["flush", EVENT]
+    assert story.exchange.heartbeats == 0
+    receiver.ended(None)
+    await story.task
+    assert timers.running == []
+
+
+async def test_a_stall_is_noticed_without_a_client_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(route=FINISH | {"heartbeat": 0})
+    timers = story.with_timers(monkeypatch)
+    receiver = await story.begin()
+    assert story.client.flow is not None
+    story.client.flow.pause()
+    leave(story)
+    receiver.payload(PING)
+    timers.advance(90)
+    await story.task
+    assert story.exchange.outcome is Outcome.STALL_TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("pieces", "outcome"),
+    [([EVENT], Outcome.CLIENT_GONE), ([EVENT, DONE], Outcome.COMPLETED)],
+)
+async def test_the_cap_ends_it(pieces: list[bytes], outcome: Outcome) -> None:
+    story = Story(route=FINISH)
+    receiver = await story.begin()
+    for piece in pieces:
+        receiver.payload(piece)
+    leave(story)
+    story.task.cancel()  # as the cap does
+    with pytest.raises(asyncio.CancelledError):
+        await story.task
+    assert story.upstream.did[-1] == "abort"
+    assert story.exchange.outcome is outcome
+
+
+# Outcomes -----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
         (ABORTED, Outcome.UPSTREAM_ERROR),
+        (ProxyError("upstream_timeout", "", clock="stall"), Outcome.STALL_TIMEOUT),
         (SILENT, Outcome.IDLE_TIMEOUT),
         (ProxyError("upstream_timeout", "", clock="first_byte"), Outcome.FIRST_BYTE_TIMEOUT),
         (ProxyError("upstream_timeout", "", clock="connect"), Outcome.UPSTREAM_ERROR),

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.sse import FirstToken, Tap, event_data, events_of, has_token, is_error
+from proxy.sse import (
+    HEARTBEAT,
+    FirstEvent,
+    FirstToken,
+    Tap,
+    event_data,
+    events_of,
+    has_data,
+    has_payload,
+    has_token,
+    is_error,
+)
 
 ENDS = pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 
@@ -376,7 +387,7 @@ def test_what_is_a_token(document: Any, token: bool) -> None:
 )
 def test_what_cannot_be_read_is_neither_token_nor_error(hostile: bytes) -> None:
     assert not has_token(hostile)
-    assert not is_error(hostile)
+    assert not is_error(b"data: " + hostile + b"\n\n")
 
 
 def plays(*pieces: bytes) -> Iterator[bool]:
@@ -428,3 +439,223 @@ def test_a_tap_may_keep_more_of_the_end() -> None:
     for _ in range(100):
         tap.remember(b"x" * 1000)
     assert 16 * 1024 <= len(tap.tail) <= 17 * 1024
+
+
+# The first event ------------------------------------------------------------------------------
+
+MARK = b"\xef\xbb\xbf"
+OVERLOADED = {"error": {"message": "m", "type": "overloaded_error"}}
+REFUSED = event(OVERLOADED)
+HELLO = event(chat(content="x"))
+
+
+def verdict(*pieces: bytes) -> bool | None:
+    """Whether the first event is an error; None if it has not come."""
+    first = FirstEvent()
+    seen = False
+    for piece in pieces:
+        seen = first.seen_in(piece) or seen
+    assert first.held == b"".join(pieces)
+    return first.is_error if seen else None
+
+
+@ENDS
+@pytest.mark.parametrize("before", [b"", MARK, b": hello\n\n", b":\n", b"retry: 300\n\n", b"\n\n"])
+@pytest.mark.parametrize(
+    ("first", "error"),
+    [
+        (REFUSED, True),
+        (event({"type": "error", **OVERLOADED}, "error"), True),
+        (event({"type": "error", "code": "x", "sequence_number": 0}, "error"), True),
+        (b'data: {"error":\ndata: {"message":"m"}}\n\n', True),
+        (HELLO, False),
+        (event({"type": "message_start"}, "message_start"), False),
+        (b"data: [DONE]\n\n", False),
+        (b"data: Internal Server Error\n\n", False),
+        (b'data: {"error": null}\n\n', False),
+    ],
+)
+def test_the_first_event_in_every_split(
+    before: bytes, first: bytes, error: bool, end: bytes
+) -> None:
+    head, first = before.replace(b"\n", end), first.replace(b"\n", end)
+    stream = head + first
+    assert verdict(stream) is error
+    for at in range(len(stream) + 1):
+        assert verdict(stream[:at], stream[at:]) is error
+        early = verdict(stream[:at])
+        # The blank line that ends it in CR LF is over with its CR.
+        assert early is (error if stream[:at].endswith(b"\r\n\r") and at > len(head) else None) or (
+            at == len(stream)
+        )
+    assert verdict(*(bytes([byte]) for byte in stream)) is error
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        MARK,
+        b": ping\n\n" * 100,
+        b"event: ping\n\n",
+        b"data\n\n",  # without a value it dispatches nothing
+        b"data:\n\n",
+        b"id: 1\n\n",
+        REFUSED[:-1],
+        b": " + REFUSED[:-1],
+    ],
+)
+def test_what_is_no_first_event_yet(stream: bytes) -> None:
+    assert verdict(stream) is None
+    assert verdict(stream, b"\n\n" if stream.endswith(b"}") else b"", HELLO) is not None
+
+
+ANY_STREAM = st.lists(
+    st.sampled_from(
+        [
+            *(MARK, b"\n", b"\r", b"\r\n", b":", b"data", b"data: ", b"data: 1", b"x"),
+            *(b'{"error":1}', b"{}", HELLO, REFUSED, REFUSED.replace(b"\n", b"\r\n")),
+        ]
+    ),
+    max_size=12,
+).map(b"".join)
+
+
+@given(ANY_STREAM, st.lists(st.integers(0, 60), max_size=12))
+def test_any_split_has_the_same_first_event(stream: bytes, sizes: list[int]) -> None:
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(stream[at : at + size])
+        at += size
+    pieces.append(stream[at:])
+    assert verdict(*pieces) is verdict(stream)
+    found = [each for each in dispatched(stream) if each]
+    if verdict(stream) is not None:
+        assert verdict(stream) is is_error(
+            b"data: " + found[0].replace(b"\n", b"\ndata: ") + b"\n\n"
+        )
+    else:
+        # Only the end of a blank line may be missing, at the very start of all.
+        assert not found or stream.removeprefix(MARK).startswith((b"\n", b"\r"))
+
+
+@pytest.mark.parametrize("later", [REFUSED, REFUSED[:-1], b"data: " + b"x" * 100_000])
+def test_what_comes_behind_the_first_event_changes_nothing(later: bytes) -> None:
+    assert verdict(HELLO, later) is False
+    assert verdict(HELLO + later) is False
+    assert verdict(HELLO[:9], HELLO[9:] + later, later) is False
+    assert verdict(REFUSED, later.replace(b"error", b"other"), HELLO) is True
+
+
+@pytest.mark.parametrize(
+    ("begin", "filling"), [(b"data: ", b"x" * 100), (b"", b": x\n\n"), (b"", b"\r"), (b"", b":")]
+)
+def test_no_more_is_held_back_than_64_kib(begin: bytes, filling: bytes) -> None:
+    first = FirstEvent()
+    stream = begin + filling * (64 * 1024 // len(filling) + 1)
+    most = 64 * 1024 - len(begin)
+    at = most - most % len(filling)
+    assert not any(first.seen_in(stream[i : i + 512]) for i in range(0, at, 512) if i + 512 <= at)
+    assert first.seen_in(stream)
+    assert not first.is_error
+
+
+def test_a_first_event_that_comes_byte_by_byte_is_not_read_over_and_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = 0
+
+    def counted(stream: bytes) -> bytes:
+        nonlocal read
+        read += len(stream)
+        return event_data(stream)
+
+    monkeypatch.setattr("proxy.sse.event_data", counted)
+    stream = b": ping\n\n" * 5000 + REFUSED
+    assert verdict(*(bytes([byte]) for byte in stream)) is True
+    assert read == len(stream) + len(REFUSED)  # of which two questions are asked
+
+
+# Payload --------------------------------------------------------------------------------------
+
+ROLE = event(chat(role="assistant", content=""))
+PING = event({"type": "ping"}, "ping")
+QUIET = [b"", b": ping\n\n", HEARTBEAT, ROLE, PING, event({"choices": [{"delta": {}}]})]
+
+
+@pytest.mark.parametrize(("document", "token"), TOKENS)
+def test_payload_is_what_a_token_is(document: Any, token: bool) -> None:
+    assert has_payload(event(document), cut=False) is token
+    for end in b"\r\n", b"\r":
+        stream = (b": ping\n\n" + ROLE + event(document) + PING).replace(b"\n", end)
+        assert has_payload(stream, cut=False) is token
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("stream", QUIET)
+def test_what_says_nothing_is_no_payload(stream: bytes, cut: bool) -> None:
+    assert not has_payload(stream * 20 if cut else stream, cut=cut)
+
+
+@pytest.mark.parametrize(
+    ("stream", "payload"),
+    [
+        (b"data: 1\n\n", True),
+        (b"data: {}\n\n", True),
+        (PING, True),
+        (b": ping\n\n", False),
+        (b"event: ping\n\n", False),
+        (b"data:\n\n", False),
+        (HEARTBEAT * 100, False),
+        (b"data: 1\n", True),
+        (b' {"a":1}\n\n', True),  # the rest of a line
+    ],
+)
+def test_where_nothing_is_known_of_the_data_any_is_payload(stream: bytes, payload: bool) -> None:
+    assert has_data(stream) is payload
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b'x"}}]}\n\n' + HELLO,  # begins within an event
+        b"x" * 2000,  # of which neither end is there
+        b"x" * 2000 + b"\n\n" + PING,
+        b"x" * 2000 + b"\r\n\r\n: ping\r\n",
+    ],
+)
+def test_a_part_that_begins_within_an_event(part: bytes) -> None:
+    assert has_payload(part, cut=True)
+    assert has_payload(part, cut=False) is part.endswith(HELLO)
+
+
+def test_the_end_of_a_short_event_is_no_payload() -> None:
+    assert not has_payload(ROLE[9:] + PING, cut=True)
+
+
+@ENDS
+@pytest.mark.parametrize("comment", [HEARTBEAT, b": ping\n", b": OPENROUTER PROCESSING\n"])
+def test_many_comments_are_no_payload(comment: bytes, end: bytes) -> None:
+    # Without blank lines all of them belong to one event, however long.
+    part = (comment * 2000)[-5000:].replace(b"\n", end)
+    assert not has_payload(part, cut=True)
+
+
+# The heartbeat --------------------------------------------------------------------------------
+
+
+def test_a_comment_is_not_added_within_a_lines_end() -> None:
+    # Behind a comment, the LF that is still to come would be a blank line of its own.
+    stream = HELLO.replace(b"\n", b"\r\n")
+    assert tapped(stream[:-1]).on_event_boundary
+    assert not tapped(stream[:-1]).is_between_events
+    assert tapped(stream).is_between_events
+    assert not tapped(stream[:-3]).is_between_events
+    assert tapped().is_between_events
+
+
+def test_a_heartbeat_is_a_comment_and_no_event() -> None:
+    assert HEARTBEAT == b":\n"  # interface.md, §4
+    stream = HEARTBEAT * 3 + HELLO + HEARTBEAT + REFUSED
+    assert dispatched(stream) == dispatched(HELLO + REFUSED)
+    assert tapped(HELLO, HEARTBEAT).on_event_boundary

@@ -235,6 +235,32 @@ def test_the_estimate_may_be_asked_for_at_any_time() -> None:
         assert meter.tokens == meter.tokens == number
 
 
+def test_characters_grow_with_every_piece_that_has_some() -> None:
+    meter = Meter(Endpoint.CHAT, stream=True)
+    assert meter.characters == 0
+    for quiet in (b": ping\n\n", event(chunk(role="assistant", content="")), b"data: {"):
+        meter.feed(quiet)
+        assert meter.characters == 0
+    meter.feed(b'"content":"a')
+    assert meter.characters == 1
+    meter.feed("b\\né".encode())
+    assert meter.characters == meter.characters == 4
+    meter.feed(b'"}\n\n' + b": ping\n\n" * 2000)
+    assert meter.characters == 4
+    assert meter.tokens == 1
+
+
+@given(st.lists(st.integers(0, 40), max_size=60))
+def test_characters_never_go_down(sizes: list[int]) -> None:
+    pieces = split(b"".join(event(document) for _, document, _ in TOKENS) * 5, sizes)
+    meter, before = Meter(Endpoint.CHAT, stream=True), 0
+    for piece in pieces:
+        meter.feed(piece)
+        assert meter.characters >= before
+        before = meter.characters
+    assert tokens_of(before) == meter.tokens
+
+
 # Bounds -----------------------------------------------------------------------------------------
 
 
