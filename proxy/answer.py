@@ -167,6 +167,10 @@ class Answer:
     def resume(self) -> None:
         self._call.connection.resume()
 
+    def hold(self) -> None:
+        """Stops reading until the body is delivered, so that no silence counts."""
+        self._call.connection.hold()
+
     def abort(self) -> None:
         """Hangs up: the upstream stops generating."""
         self._call.connection.abort()

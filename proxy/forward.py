@@ -57,6 +57,7 @@ class Forwarder:
                 last = response
                 if result == _ANSWER:
                     break
+                last.hold()
             if last is None:
                 raise failure or _none_available(attempts.wait(self._clock()))
             exchange.upstream = last.upstream.name

@@ -102,18 +102,23 @@ async def start(upstream: Upstream, tmp_path: Path) -> AsyncIterator[Start]:
             url = f"{scheme}://{host}:{upstream.port}{base}"
             path.write_text(f"upstreams: {{up: {{base_url: '{url}', {up}}}}}\n{settings}\n")
             app = App(config.load(path, {}))
-            stack.push_async_callback(app.close)
-            stack.callback(_search_metrics, app)
-            server = app.server()
-            stack.push_async_callback(server.shutdown, 0.1)
-            bound = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-            stack.callback(bound.close)
-            port = bound.sockets[0].getsockname()[1]
+            server, port = await serve(app, stack)
             clients: list[Client] = []
             stack.callback(_abort_all, clients)
             return Sluice(app, server, port, upstream, _collect(app), clients)
 
         yield start
+
+
+async def serve(app: App, stack: AsyncExitStack) -> tuple[Server, int]:
+    """Lets a proxy listen on a port, until `stack` is left."""
+    stack.push_async_callback(app.close)
+    stack.callback(_search_metrics, app)
+    server = app.server()
+    stack.push_async_callback(server.shutdown, 0.1)
+    bound = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    stack.callback(bound.close)
+    return server, bound.sockets[0].getsockname()[1]
 
 
 def _abort_all(clients: list[Client]) -> None:

@@ -26,7 +26,7 @@ import pytest
 from proxy import config
 from proxy.app import App
 from proxy.exchange import Exchange
-from tests.flow.conftest import Sluice, _abort_all, _collect, _search_metrics, listening
+from tests.flow.conftest import Sluice, _abort_all, _collect, listening, serve
 from tests.flow.wire import PATIENCE, Client, Reply, Step, Until, Upstream, chunked, json_answer
 
 DONE = b"data: [DONE]\n\n"
@@ -179,13 +179,7 @@ async def several_upstreams(tmp_path: Path) -> AsyncIterator[Begin]:
             path.write_text("\n".join(lines) + "\n")
             app = App(config.load(path, {}))
             stack.push_async_callback(_until, lambda: not any(map(_is_open, upstreams.values())))
-            stack.push_async_callback(app.close)
-            stack.callback(_search_metrics, app)
-            server = app.server()
-            stack.push_async_callback(server.shutdown, 0.1)
-            bound = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-            stack.callback(bound.close)
-            port = bound.sockets[0].getsockname()[1]
+            server, port = await serve(app, stack)
             clients: list[Client] = []
             ended = _collect(app)
             stack.callback(_no_fault_of_ours, ended)

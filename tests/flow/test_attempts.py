@@ -393,6 +393,16 @@ async def test_it_may_be_held_for_longer_than_any_silence(
     assert (reply.status, reply.body, reply.whole) == (503, body, True)
 
 
+async def test_one_that_is_half_there_may_be_held_as_long(several: Begin) -> None:
+    """What an upstream sends while nobody reads from it is no silence of its own."""
+    three = await several("attempts: 2", each="timeouts: {idle: 300ms}")
+    head = json_answer(b"12345678", status=b"503 Busy")
+    three.a.plays(head[:-4], after(0.1), head[-4:])
+    three.b.plays(after(0.8), Close())
+    reply = await three.ask(post())
+    assert (reply.status, reply.body, reply.whole) == (503, b"12345678", True)
+
+
 @pytest.mark.parametrize("where", ["last", "held"])
 async def test_a_stream_that_begins_with_an_error_is_a_response_too(
     several: Begin, where: str
