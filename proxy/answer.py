@@ -118,7 +118,8 @@ class Answer:
         try:
             await self._call.close()
         finally:
-            self._turn.end(Verdict.SUCCESS if outcome is Outcome.COMPLETED else verdict)
+            verdict = Verdict.SUCCESS if outcome is Outcome.COMPLETED else verdict
+            self._turn.end(verdict, outcome and outcome.value)
 
     @property
     def stall_timeout(self) -> float:

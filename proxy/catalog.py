@@ -154,7 +154,14 @@ class Catalog:
         self, source: _Source, headers: Sequence[Header], exchange: Exchange
     ) -> Listing | ProxyError:
         upstream, result = source.upstream, "cancelled"
-        own = Exchange(exchange.id, exchange.request_id, "GET", exchange.path, self._clock())
+        own = Exchange(
+            exchange.id,
+            exchange.request_id,
+            "GET",
+            exchange.path,
+            self._clock(),
+            client=exchange.client,
+        )
         ask = Ask("GET", _TARGET, tuple(headers), identity=True)
         try:
             async with (

@@ -72,7 +72,7 @@ class Chat:
         except ProxyError as error:
             return self._failed(reply, exchange, error)
         except asyncio.CancelledError:
-            interruption = None if exchange.left else exchange.interrupted()
+            interruption = exchange.interrupted()
             if interruption is None:  # the client has left
                 if exchange.upstream is not None:
                     exchange.outcome = exchange.outcome or Outcome.CLIENT_GONE

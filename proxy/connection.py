@@ -101,6 +101,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body: Body | None = None
         self._keeps_alive = False
         self._request_sent = False
+        self._client_pauses = False
         self._receiver: Receiver | None = None
         self._backlog: list[bytes] = []
         self._backlog_size = 0
@@ -129,7 +130,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._head = self._loop.create_future()
         self._body = None
         self._receiver = None
-        self._request_sent = False
+        self._request_sent = self._client_pauses = False
         self._backlog, self._backlog_size, self._ending = [], 0, []
         self.answered = False
         self._first_byte_timeout = first_byte
@@ -141,19 +142,25 @@ class UpstreamConnection(asyncio.Protocol):
         """Sends a part of the request; the wait for the answer begins anew."""
         if self.transport is not None and self.state is not State.CLOSED:
             self.transport.write(data)
-            if self.state is State.HEAD:
-                self._silence.start(self._first_byte_timeout)
+            self._client_pauses = False
+            self._listen()
 
     def client_pauses(self) -> None:
         """Says that the request's next part has not come: nothing for the upstream to be late for."""
-        if self.state is State.HEAD:
-            self._silence.stop()
+        self._client_pauses = True
+        self._silence.stop()
 
     def request_sent(self) -> None:
         """Says that the request is whole: without it the connection is not used again."""
-        self._request_sent = True
+        self._request_sent, self._client_pauses = True, False
+        self._listen()
+
+    def _listen(self) -> None:
+        """From now on silence counts, unless it is ours or the client's."""
         if self.state is State.HEAD:
             self._silence.start(self._first_byte_timeout)
+        elif self.state is State.BODY and not (self._client_pauses or self._stands):
+            self._silence.start(self._idle_timeout)
 
     async def drain(self) -> None:
         """Waits while the upstream does not take what was written; returns when it is lost too."""
@@ -205,7 +212,7 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self.transport.resume_reading()
             if self.state is State.BODY:
-                self._silence.start(self._idle_timeout)
+                self._listen()
 
     @property
     def reusable(self) -> bool:
@@ -310,7 +317,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.state = State.BODY
         self._body = body
         self._keeps_alive = head.keeps_alive
-        self._silence.start(self._idle_timeout)
+        self._silence.stop()
+        self._listen()
         if not self._head.done():
             self._head.set_result(head)
         if rest:

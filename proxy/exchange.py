@@ -134,6 +134,11 @@ class Exchange:
         """What the request has used, once it has ended."""
         return (self.tokens_in or 0) + (self.tokens_out or 0)
 
+    def spent(self, usage: Usage) -> None:
+        """Notes what the request has used, as its upstream says."""
+        self.tokens_in, self.tokens_out = usage.input, usage.output
+        self.tokens_source = "upstream"
+
     def interrupt(self, error: ProxyError) -> None:
         """Ends the request with `error`, in whatever phase it is: a kill, or the end of a drain."""
         if self.interruption is None and self.task is not None and not self.task.done():
@@ -145,6 +150,8 @@ class Exchange:
 
         None means that the client has left. The cancellation counts as dealt with.
         """
+        if self.left:
+            return None
         if self.interruption is not None and self.task is not None:
             self.task.uncancel()
         return self.interruption

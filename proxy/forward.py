@@ -52,14 +52,14 @@ class Forwarder:
                         raise
                     failure = error
                     continue
-                if last is not None:
-                    await last.close()
-                last = response
+                kept, last = last, response
+                if kept is not None:
+                    await kept.close()
                 if result == _ANSWER:
                     break
                 last.hold()
             if last is None:
-                raise failure or _none_available(attempts.wait(self._clock()))
+                raise failure or _none_available(attempts.candidates, self._clock())
             exchange.upstream = last.upstream.name
             if _refuses_our_key(last):
                 # Its text is not shown: it can quote the key.
@@ -78,7 +78,7 @@ class Forwarder:
         """One upstream's response, whatever it is: for what says nothing of how it generates, so that
         it neither probes a circuit nor opens one. Raises ProxyError."""
         if upstream.is_full:
-            raise _none_available(wait_for_any([upstream], self._clock()))
+            raise _none_available([upstream], self._clock())
         turn = upstream.begin(self._clock, counts=False)
         try:
             return await self._ask(upstream, turn, ask, exchange)
@@ -98,16 +98,17 @@ class Forwarder:
             response = await self._ask(upstream, turn, ask, exchange)
             result = await self._result(response, attempts)
             if result == "rate_limited":
-                turn.judge(Verdict.NEITHER)
+                turn.end(Verdict.NEITHER)
                 wait = retry_after(response.head, datetime.now(UTC))
                 upstream.rest(wait or 0.0, self._clock())
-            elif result != _ANSWER:
-                turn.judge(Verdict.FAILURE)
+            elif result != _ANSWER:  # it may be kept while others are asked, but takes no place
+                turn.end(Verdict.FAILURE, result)
             return response, result
         except BaseException as error:
             if isinstance(error, ProxyError) and error.kind.source is Source.UPSTREAM:
                 result = error.code
-                turn.judge(Verdict.NEITHER if error.clock == "total" else Verdict.FAILURE)
+                verdict = Verdict.NEITHER if error.clock == "total" else Verdict.FAILURE
+                turn.end(verdict, result)
             if response is not None:
                 response.abort()
                 await response.close()
@@ -115,8 +116,6 @@ class Forwarder:
             raise
         finally:
             exchange.attempt_results.append((upstream.name, result))
-            if result != "cancelled":
-                upstream.last_error = None if result == _ANSWER else result
 
     async def _result(self, response: Answer, attempts: _Attempts) -> str:
         """Whether a response is an answer (interface, §3). A stream is looked into only if another
@@ -180,7 +179,7 @@ class _Attempts:
     streams up can't be sent twice."""
 
     def __init__(self, candidates: list[Upstream], route: Route, ask: Ask) -> None:
-        self._candidates = candidates
+        self.candidates = candidates
         self._left = 1 if isinstance(ask.body, Upload) else route.attempts
         self._tried: list[Upstream] = []
 
@@ -188,18 +187,14 @@ class _Attempts:
         """The next one to ask; None if there is none."""
         if not self._left:
             return None
-        found = choose(self._candidates, self._tried, now)
+        found = choose(self.candidates, self._tried, now)
         if found is not None:
             self._left -= 1
             self._tried.append(found)
         return found
 
     def next_is_there(self, now: float) -> bool:
-        return self._left > 0 and choose(self._candidates, self._tried, now) is not None
-
-    def wait(self, now: float) -> float:
-        """In how many seconds one of them may be available."""
-        return wait_for_any(self._candidates, now)
+        return self._left > 0 and choose(self.candidates, self._tried, now) is not None
 
 
 def _is_tried_elsewhere(error: ProxyError) -> bool:
@@ -212,12 +207,13 @@ def _refuses_our_key(response: Answer) -> bool:
     return response.head.status == 401 and response.bears_our_key
 
 
-def _none_available(wait: float) -> ProxyError:
+def _none_available(candidates: list[Upstream], now: float) -> ProxyError:
     return ProxyError(
         "no_upstream_available",
-        "No upstream for this model takes requests now: all are full, or rest by their own word. Try "
-        "again later.",
-        retry_after=wait,
+        "No upstream for this model takes requests now: all are full, or have said (429) that they "
+        "want to be left alone. Try again later.",
+        detail="; ".join(f"{each.name}: {each.trouble(now)}" for each in candidates),
+        retry_after=wait_for_any(candidates, now),
     )
 
 

@@ -129,6 +129,12 @@ class Observer:
         self._metrics.observe(exchange, self._model_label(exchange.model))
         if exchange.error is not None:
             _explain(exchange, exchange.error)
+        if len(exchange.attempt_results) > 1:
+            tried = ", ".join(
+                f"{upstream}: {result}" for upstream, result in exchange.attempt_results
+            )
+            fields = {"request_id": exchange.request_id, "tried": tried}
+            access.info("attempts", extra={"fields": fields})
         if access.isEnabledFor(logging.INFO):
             access.info("request", extra={"fields": _access_fields(exchange)})
 

@@ -73,10 +73,11 @@ class Ops:
     def _ready(self) -> web.Response:
         """Upstreams and the store are reported, not judged: they are the same for every replica, and
         a proxy taken out of rotation for them could not even say so."""
+        now = self._clock()
         reasons = [
-            f"upstream {upstream.name}: {upstream.last_error}"
+            f"upstream {upstream.name}: {trouble}"
             for upstream in self._upstreams().values()
-            if upstream.last_error is not None
+            if (trouble := upstream.trouble(now)) is not None
         ]
         if self._limiter.trouble is not None:
             reasons.append(f"store: {self._limiter.trouble}")

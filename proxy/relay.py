@@ -60,7 +60,7 @@ class Lane:
         self._clock = clock
         self._finishes = route.on_disconnect == "finish"
         readable = answer.is_readable_stream
-        self._first_token = FirstToken() if readable else None
+        self._opening = self._first_token = FirstToken() if readable else None
         if answer.is_plain and exchange.endpoint is not Endpoint.NONE:
             exchange.meter = Meter(exchange.endpoint, answer.is_stream)
         self._count = exchange.meter.feed if exchange.meter else None
@@ -104,6 +104,11 @@ class Lane:
     def gave_all(self) -> bool:
         """Whether the client has had the whole answer."""
         return self.whole or (self._answer.is_stream and self.tap.saw_last_event)
+
+    @property
+    def began_with_error(self) -> bool:
+        """Whether the stream's first event is an error: no answer, though its status is 200."""
+        return self._opening is not None and self._opening.began_with_error
 
     # What the client's connection calls.
 
@@ -182,7 +187,7 @@ def _end(answer: Answer, lane: Lane, exchange: Exchange, error: ProxyError | Non
     sink, tap, readable = lane.sink, lane.tap, answer.is_readable_stream
     if error is None or (readable and tap.saw_last_event):
         sink.finish()
-        exchange.outcome = _outcome_of_whole(answer, tap)
+        exchange.outcome = _outcome_of_whole(answer, lane)
         return
     exchange.error = error
     exchange.outcome = outcome_of(error, Outcome.UPSTREAM_TRUNCATED)
@@ -196,16 +201,16 @@ def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
     relayed. An answer that is an error used nothing (§3)."""
     tap, meter, stream = lane.tap, exchange.meter, answer.is_stream
     exchange.meter = None
-    failed = not 200 <= answer.head.status < 300 or (stream and tap.began_with_error)
+    failed = not 200 <= answer.head.status < 300 or lane.began_with_error
     if exchange.endpoint is Endpoint.NONE or failed:
         return
     usage = None
     if answer.is_plain and (stream or lane.whole):
         usage = usage_of(exchange.endpoint, stream, tap.head, tap.tail[-tap.keep :])
-    exchange.tokens_source = "upstream" if usage else "estimated"
     if usage is not None:
-        exchange.tokens_in, exchange.tokens_out = usage.input, usage.output
+        exchange.spent(usage)
         return
+    exchange.tokens_source = "estimated"
     prompt = exchange.prompt
     if prompt is not None:  # of a body of unknown length, what has gone up of it
         exchange.tokens_in = prompt.input or tokens_of(exchange.bytes_up)
@@ -217,10 +222,10 @@ def _count(answer: Answer, lane: Lane, exchange: Exchange) -> None:
         exchange.tokens_out = tokens_of(exchange.bytes_down)
 
 
-def _outcome_of_whole(answer: Answer, tap: Tap) -> Outcome:
+def _outcome_of_whole(answer: Answer, lane: Lane) -> Outcome:
     """A relayed 429 or 5xx, or a stream that begins with an error, is no answer (§3)."""
     status = answer.head.status
-    if status == 429 or status >= 500 or (answer.is_stream and tap.began_with_error):
+    if status == 429 or status >= 500 or lane.began_with_error:
         return Outcome.UPSTREAM_ERROR
     return Outcome.COMPLETED
 

@@ -25,6 +25,7 @@ from proxy.downstream import ClientConnection, Nowhere, Sink
 from proxy.errors import ProxyError
 from proxy.exchange import Ask, Exchange, Outcome
 from proxy.framing import Header, ResponseHead
+from proxy.usage import usage_of
 from proxy.watch import Heartbeat
 
 _EARLY = ResponseHead(1, 200, b"OK", ((b"Content-Type", sse.MEDIA_TYPE),))
@@ -147,16 +148,27 @@ class Reply:
         what = "with a compressed stream" if answer.is_stream else "with what is no event stream"
         if not answer.succeeded:
             what = f"with status {status}"
-        said = None
-        with suppress(TimeoutError):
-            async with asyncio.timeout(answer.stall_timeout):
-                said = _error_object(await answer.read(_MAX_ERROR))
+        body = b""
+        if answer.is_plain and not (answer.is_stream and answer.succeeded):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(answer.stall_timeout):
+                    body = await answer.read(_MAX_ERROR)
+        if answer.succeeded:
+            self._charge(body)
         return ProxyError(
             "upstream_invalid",
             f"Upstream '{answer.upstream.name}' answered {what}, after the head of a stream had "
             "gone out (commit_after).",
-            said=said,
+            said=_error_object(body),
         )
+
+    def _charge(self, body: bytes) -> None:
+        """A generation that is whole, and no stream, was made for who can't be shown it any more."""
+        with suppress(*_UNREADABLE):
+            _body.decode(body)
+            usage = usage_of(self._exchange.endpoint, False, body, body)
+            if usage is not None:
+                self._exchange.spent(usage)
 
 
 def _connection(request: web.BaseRequest) -> ClientConnection:
@@ -167,10 +179,14 @@ class _Body(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw()
 
 
+_body = msgspec.json.Decoder(_Body)
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
 def _error_object(body: bytes) -> dict[str, Any] | None:
     """The `error` object of a JSON body, if it is readable and has one that says something."""
-    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raw = bytes(msgspec.json.decode(body, type=_Body).error)
+    with suppress(*_UNREADABLE):
+        raw = bytes(_body.decode(body).error)
         if raw.count(b"[") + raw.count(b"{") > _MAX_BRACKETS:
             return None
         error = msgspec.json.decode(raw)

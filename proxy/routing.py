@@ -57,11 +57,21 @@ class Router:
 
 def aliased(ask: Ask, route: Route) -> Ask:
     """The request with the model's name that the route has for its upstreams; unchanged where it has
-    none, or where the request's own can't be read, or is there twice."""
+    none, or where the request's own can't be read, or is there twice: such come here by `*` only.
+
+    Raises ProxyError (invalid_request) where the name chose the route and can't be replaced.
+    """
     if route.model is None or ask.model is None or _named_twice(ask):
         return ask
     assert isinstance(ask.body, bytes)  # a model was read from it
-    return replace(ask, body=with_model(ask.body, route.model))
+    body = with_model(ask.body, route.model)
+    if body is ask.body and "*" not in route.models:
+        raise ProxyError(
+            "invalid_request",
+            "The body is too intricate: the place of `model` in it could not be found.",
+            param="model",
+        )
+    return replace(ask, body=body)
 
 
 def _named_twice(ask: Ask) -> bool:

@@ -96,14 +96,6 @@ class Tap:
         return _LAST_EVENT.search(self.tail) is not None
 
     @property
-    def began_with_error(self) -> bool:
-        """Whether the first event is an error: no answer, though its status is 200."""
-        for event in events_of(self.head):
-            if event_data(event):
-                return is_error(event)
-        return False
-
-    @property
     def next_sequence_number(self) -> int:
         """The number that an event added to a Responses stream must bear."""
         numbers = _SEQUENCE_NUMBER.findall(self.tail)
@@ -149,11 +141,14 @@ class FirstEvent:
 
 
 class FirstToken:
-    """Watches for the first non-empty content, reasoning or tool delta."""
+    """Watches for the first non-empty content, reasoning or tool delta; and notes, on the way there,
+    whether the first event with data is an error: then the stream is no answer, whatever its status."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("_begun", "_rest", "began_with_error")
 
     def __init__(self) -> None:
+        self.began_with_error = False
+        self._begun = False
         self._rest = b""
 
     def seen_in(self, payload: bytes) -> bool:
@@ -164,8 +159,11 @@ class FirstToken:
         end = 0
         for match in _EVENT_END.finditer(self._rest, searched):
             event, end = self._rest[end : match.end()], match.end()
-            if has_token(event_data(event)):
+            data = event_data(event)
+            if has_token(data):
                 return True
+            if data and not self._begun:
+                self._begun, self.began_with_error = True, is_error(event)
         self._rest = self._rest[end:]
         return len(self._rest) > _MAX_EVENT
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -15,6 +17,8 @@ from proxy.framing import Header
 from proxy.headers import UpstreamRules
 from proxy.pool import Connect, Pool
 from proxy.resolver import Resolver
+
+log = logging.getLogger("sluice.upstreams")
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _LONGEST_REST = 86400.0  # seconds: until a daily quota is there again
@@ -64,7 +68,7 @@ class Upstream:
 
     It lives as long as its name is configured: a reload changes its terms, and they hold for
     whatever is sent from then on, so that no key goes up that is no longer there.
-    `last_error` is the result of the last failed attempt, None after a success: reported by /readyz.
+    `last_error` says how it last failed, None after a success.
     """
 
     def __init__(
@@ -127,6 +131,16 @@ class Upstream:
         most = self.terms.settings.max_streams
         return most is not None and self.in_progress >= most
 
+    def trouble(self, now: float) -> str | None:
+        """Why it is not asked, or else how it last failed; None if all is well."""
+        if not self.circuit.is_closed:
+            return f"out of rotation ({self.last_error})"
+        if self.rests_until > now:
+            return f"rests for {math.ceil(self.rests_until - now)} s by its own word (429)"
+        if self.is_full:
+            return f"full ({self.in_progress} in progress)"
+        return self.last_error
+
     def rest(self, seconds: float, now: float) -> None:
         """Says for how long it takes no requests, by its own word."""
         self.rests_until = max(self.rests_until, now + min(seconds, _LONGEST_REST))
@@ -145,22 +159,28 @@ class Turn:
         self._circuit = upstream.circuit
         self._period = self._circuit.begin() if counts else 0
         self._clock = clock
-        self._judged = not counts
+        self._counts = counts
         self._ended = False
         upstream.in_progress += 1
 
-    def judge(self, verdict: Verdict) -> None:
-        """Says how the upstream did; the first word counts."""
-        if not self._judged:
-            self._judged = True
-            self._circuit.end(verdict, self._clock(), period=self._period)
-
-    def end(self, verdict: Verdict = Verdict.NEITHER) -> None:
-        """Says that it is over, and how the upstream did, if nobody has."""
-        if not self._ended:
-            self._ended = True
-            self.judge(verdict)
-            self._upstream.in_progress -= 1
+    def end(self, verdict: Verdict = Verdict.NEITHER, why: str | None = None) -> None:
+        """Says that it is over, and how the upstream did; `why` it failed. The first word counts."""
+        if self._ended:
+            return
+        self._ended = True
+        self._upstream.in_progress -= 1
+        if not self._counts:
+            return
+        if verdict is not Verdict.NEITHER:
+            self._upstream.last_error = why if verdict is Verdict.FAILURE else None
+        was_closed = self._circuit.is_closed
+        self._circuit.end(verdict, self._clock(), period=self._period)
+        if was_closed and not self._circuit.is_closed:
+            fields = {"upstream": self._upstream.name, "after": why}
+            fields["rest"] = f"{self._circuit.settings.rest:g} s"
+            log.warning("upstream_out", extra={"fields": fields})
+        elif self._circuit.is_closed and not was_closed:
+            log.info("upstream_back", extra={"fields": {"upstream": self._upstream.name}})
 
 
 def choose(

@@ -280,7 +280,7 @@ BREAKS = [
     Break(
         "an upstream's slot is kept",
         "upstreams.py",
-        "            self._upstream.in_progress -= 1\n",
+        "        self._upstream.in_progress -= 1\n",
         "",
         "test_attempts",
     ),
@@ -336,7 +336,7 @@ BREAKS = [
     Break(
         "an upstream's own words are lost",
         "reply.py",
-        "            said=said,\n",
+        "            said=_error_object(body),\n",
         "",
         "test_patience",
     ),
@@ -357,7 +357,7 @@ BREAKS = [
     Break(
         "an alias is not used",
         "routing.py",
-        "return replace(ask, body=with_model(ask.body, route.model))",
+        "return replace(ask, body=body)",
         "return ask",
         "test_aliases",
     ),

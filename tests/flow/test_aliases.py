@@ -64,6 +64,13 @@ async def test_only_the_values_bytes_change(several: Begin, sent: bytes, expecte
     assert request.values("content-length") == [b"%d" % len(expected)]
 
 
+async def test_an_alias_can_not_be_dodged(several: Begin) -> None:
+    """A body too intricate to be changed does not go up as it is, to a dearer model."""
+    three = await several(routes="[{models: [fast], model: real, upstreams: [a]}]")
+    reply = await told(three, b'{"model":"fast","x":[%b0]}' % (b"[]," * 50_001))
+    assert (reply.status, error_of(reply)["param"], three.asked) == (400, "model", {})
+
+
 @pytest.mark.parametrize("name", ["a longer name than before", 'gr"\\ün/日本', "m"])
 async def test_any_name_arrives_as_it_is(several: Begin, name: str) -> None:
     three = await several(f"model: {json.dumps(name)}")

@@ -960,6 +960,20 @@ async def test_a_failed_attempt_takes_up_no_place_behind_it(
     assert three.a.asked == 2
 
 
+async def test_a_failed_attempt_takes_up_no_place_while_others_are_asked(several: Begin) -> None:
+    """Its response is kept, but nothing is in progress there."""
+    three = await several("attempts: 2", a="max_streams: 1")
+    gate = asyncio.Event()
+    three.a.plays(BUSY)
+    three.b.plays(Until(gate), OK)
+    first = await begin(three, three.b, post())
+    second = await begin(three, three.b, post())
+    assert three.a.asked == 2
+    gate.set()
+    for client in first, second:
+        assert source_of(await client.reply()) == ("b", 2)
+
+
 async def test_all_are_full(several: Begin) -> None:
     three = await several(each="max_streams: 1", among="a, b")
     gate = asyncio.Event()

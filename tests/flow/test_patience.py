@@ -15,6 +15,7 @@ from proxy.exchange import Outcome
 from tests.canaries import UPSTREAM_KEY
 from tests.flow.several import (
     DONE,
+    USED,
     Begin,
     Several,
     after,
@@ -237,6 +238,21 @@ async def test_what_ends_it_from_here_is_an_event_too(
     assert not reply.whole
     await three.a.is_left()
     assert (await three.record()).outcome is outcome
+
+
+async def test_a_generation_that_is_no_stream_is_paid_for(several: Begin) -> None:
+    """It was made for this client, though nobody can show it any more."""
+    three = await several(
+        "commit_after: 100ms, heartbeat: 50ms", settings="limits: {tokens: 1000000/87600h}"
+    )
+    gate = asyncio.Event()
+    three.a.plays(Until(gate), json_answer(b'{"choices":[],"usage":%b}' % USED))
+    client = await early(three)
+    gate.set()
+    reply = await client.reply()
+    assert (reply.status, reply.whole) == (200, False)
+    record = await three.record()
+    assert (record.tokens_in, record.tokens_out, record.tokens_source) == (7, 13, "upstream")
 
 
 @pytest.mark.parametrize("status", [b"400 Bad", b"429 Slower", b"503 Busy"])

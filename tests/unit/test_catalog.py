@@ -72,6 +72,7 @@ class Story:
         self.now = 0.0
         self.said: dict[str, Said] = {}
         self.asked: list[tuple[str, Ask]] = []
+        self.clients: list[str] = []
         self.upstreams = {
             name: Upstream(
                 name,
@@ -91,6 +92,7 @@ class Story:
     async def fetch(self, upstream: Upstream, ask: Ask, exchange: Exchange) -> Answer:
         """What the forwarder does."""
         self.asked.append((upstream.name, ask))
+        self.clients.append(exchange.client)
         said = self.said.get(upstream.name, DEAD)
         if isinstance(said, ProxyError):
             raise said
@@ -484,6 +486,15 @@ async def test_the_record_names_no_upstream_and_counts_all() -> None:
     again = record()
     await story.document(exchange=again)
     assert (again.attempts, again.outcome) == (0, Outcome.COMPLETED)
+
+
+async def test_upstreams_are_asked_in_the_clients_name() -> None:
+    # By it the forwarder knows that a key in the headers is one of ours.
+    story, exchange = Story(), record()
+    exchange.client = "web"
+    story.lists("a", "m")
+    await story.document(exchange=exchange)
+    assert set(story.clients) == {"web"}
 
 
 @pytest.mark.parametrize(

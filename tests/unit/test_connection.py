@@ -635,6 +635,24 @@ def test_idle_stands_still_while_paused(loop: Loop) -> None:
     assert reader.code == "upstream_timeout"
 
 
+def test_a_client_that_takes_its_time_is_no_silence_of_the_upstreams(loop: Loop) -> None:
+    # An upstream may answer before it has the whole request; then it waits for our client.
+    connection, _ = asked(sent=False)
+    reader = Reader()
+    connection.client_pauses()
+    connection.data_received(CHUNKED)
+    connection.deliver_to(reader)
+    for _ in range(3):
+        loop.pass_(100)
+        connection.write(b"more")
+        loop.pass_(2.9)  # which it may take its time to read
+        connection.client_pauses()
+    assert reader.code is None
+    connection.request_sent()
+    loop.pass_(3.1)
+    assert reader.code == "upstream_timeout"
+
+
 def test_total_goes_on_whatever_happens(loop: Loop) -> None:
     connection, _ = asked(total=20)
     reader = Reader()

@@ -121,6 +121,15 @@ async def test_what_has_ended_is_not_interrupted(make: Make) -> None:
     assert exchange.interrupted() is None
 
 
+async def test_one_whose_client_has_left_is_told_nothing_more(make: Make) -> None:
+    exchange, started = make(), asyncio.Event()
+    exchange.left = True
+    task = asyncio.create_task(tell(exchange, started))
+    await started.wait()
+    exchange.interrupt(KILLED)
+    assert await task == "left"
+
+
 def test_a_key_in_the_path_does_not_hide_what_answers() -> None:
     exchange = Exchange("id", "id", "POST", "/v1/chat/completions;sk-1", 0.0)
     assert (exchange.path, exchange.endpoint) == ("/v1/chat/***", Endpoint.CHAT)

@@ -437,6 +437,17 @@ async def test_the_access_line(observer: Observer, clock: Clock, lines: Lines) -
     }
 
 
+async def test_who_was_asked(observer: Observer, clock: Clock, lines: Lines) -> None:
+    tried = [("a", "upstream_aborted"), ("b", "answer")]
+    play(observer, clock, request_id="r", upstream="b", attempts=2, attempt_results=tried)
+    said, _ = lines.records
+    assert said.getMessage() == "attempts"
+    assert said.fields == {  # type: ignore[attr-defined]
+        "request_id": "r",
+        "tried": "a: upstream_aborted, b: answer",
+    }
+
+
 async def test_the_line_of_what_came_to_nothing(
     observer: Observer, clock: Clock, lines: Lines
 ) -> None:

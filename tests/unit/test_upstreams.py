@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -199,30 +200,30 @@ def test_without_max_streams_nothing_is_full() -> None:
     assert not up.is_full
 
 
-@pytest.mark.parametrize(
-    ("said", "closed"),
-    [
-        ([], True),
-        (["end"], True),
-        ([Verdict.FAILURE, "end"], False),
-        ([Verdict.NEITHER, Verdict.FAILURE, "end"], True),  # the first word counts
-        ([Verdict.FAILURE, Verdict.SUCCESS, "end"], False),
-        ([Verdict.SUCCESS, Verdict.FAILURE, "end"], True),
-    ],
-)
-def test_a_turn_is_judged_once(said: list[Verdict | str], closed: bool) -> None:
-    up = with_circuit()
-    turn = up.begin(Clock())
-    for word in said:
-        if isinstance(word, Verdict):
-            turn.judge(word)
-        else:
-            turn.end()
-    assert up.circuit.is_closed == closed
+def test_what_ails_it(caplog: pytest.LogCaptureFixture) -> None:
+    up, clock = with_circuit(rest=30, max_streams=1), Clock()
+    caplog.set_level(logging.INFO, "sluice.upstreams")
+    assert up.trouble(clock.now) is None
+    turn = up.begin(clock)
+    assert up.trouble(clock.now) == "full (1 in progress)"
+    up.rest(4.2, clock.now)
+    assert up.trouble(clock.now) == "rests for 5 s by its own word (429)"
+    turn.end(Verdict.FAILURE, "server_error")
+    assert up.trouble(clock.now) == "out of rotation (server_error)"
+    clock.now += 30
+    up.begin(clock).end(Verdict.FAILURE, "upstream_aborted")  # in vain: nothing new
+    assert up.trouble(clock.now) == "out of rotation (upstream_aborted)"
+    up.begin(clock).end(Verdict.SUCCESS)
+    assert up.trouble(clock.now) is None
+    said = [(each.message, each.fields) for each in caplog.records]
+    assert said == [
+        ("upstream_out", {"upstream": "up", "after": "server_error", "rest": "30 s"}),
+        ("upstream_back", {"upstream": "up"}),
+    ]
 
 
 @pytest.mark.parametrize("verdict", Verdict)
-def test_it_can_be_judged_by_its_end(verdict: Verdict) -> None:
+def test_a_turn_is_judged_by_its_end_and_once(verdict: Verdict) -> None:
     up = with_circuit()
     turn = up.begin(Clock())
     turn.end(verdict)
@@ -234,7 +235,6 @@ def test_a_turn_that_is_no_news() -> None:
     up = with_circuit(max_streams=1)
     turn = up.begin(Clock(), counts=False)
     assert up.is_full
-    turn.judge(Verdict.FAILURE)
     turn.end(Verdict.FAILURE)
     assert (up.is_full, up.circuit.is_closed) == (False, True)
     # Nor does it take a probe's place, or play one.
@@ -251,7 +251,7 @@ def test_a_failure_counts_from_when_it_was_told() -> None:
     up, clock = with_circuit(rest=30), Clock()
     turn = up.begin(clock)
     clock.now = 150.0
-    turn.judge(Verdict.FAILURE)
+    turn.end(Verdict.FAILURE)
     clock.now = 160.0
     turn.end()
     assert not up.circuit.allows(179.9)
