@@ -215,7 +215,7 @@ def test_what_ails_it(caplog: pytest.LogCaptureFixture) -> None:
     assert up.trouble(clock.now) == "out of rotation (upstream_aborted)"
     up.begin(clock).end(Verdict.SUCCESS)
     assert up.trouble(clock.now) is None
-    said = [(each.message, each.fields) for each in caplog.records]
+    said = [(each.message, vars(each)["fields"]) for each in caplog.records]
     assert said == [
         ("upstream_out", {"upstream": "up", "after": "server_error", "rest": "30 s"}),
         ("upstream_back", {"upstream": "up"}),
