@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input
 PIP_LOCKED := $(PIP) --require-hashes --no-deps
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-deps check fmt breaks fuzz bench lock image clean
+.PHONY: help run test test-deps check fmt proofs breaks fuzz bench lock image clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-deps  install the real parts that some tests need (apt-get, npm)'
 	@echo 'make check      lint, format and types'
 	@echo 'make fmt        format, and mend what the linter can'
+	@echo 'make proofs     stories of several upstreams on both loops, and ten seeds of upstreams that die'
 	@echo 'make breaks     break the relay in many ways; the tests must notice each'
 	@echo 'make fuzz       100,000 mutated requests, and as many answers; ARGS="--inputs 1000 --seed 2"'
 	@echo 'make bench      the benchmarks'
@@ -44,6 +45,9 @@ check: .venv/.dev
 fmt: .venv/.dev
 	$(PY) -m ruff check --fix-only --quiet .
 	$(PY) -m ruff format .
+
+proofs: .venv/.dev
+	@$(PY) -m pytest --slow tests/flow tests/process/test_failover.py $(ARGS)
 
 breaks: .venv/.dev
 	@$(PY) -m tests.breaks $(ARGS)

@@ -391,7 +391,7 @@ def attempt(each: Break) -> bool:
             return True
         file.write_text(text.replace(each.old, each.new, 1))
         story = f"tests/flow/{each.stories}.py"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "uvloop", story]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--slow", "-k", "uvloop", story]
         try:
             ended = subprocess.run(
                 command, cwd=folder, capture_output=True, timeout=120, check=False

@@ -13,13 +13,21 @@ from tests import canaries
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="more loops and seeds: see make proofs")
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, LoopFactory]:
-    """Stories run on the loop that production has and on the one it falls back to."""
-    if "flow" in item.path.parts:
-        return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
-    return {"asyncio": asyncio.new_event_loop}
+    """Stories run on the loop that production has and on the one it falls back to. Those of several
+    upstreams have nothing to do with loops, and take long: with --slow only."""
+    loops = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
+    if "flow" not in item.path.parts:
+        del loops["uvloop"]
+    elif "several" in getattr(item, "fixturenames", ()) and not config.getoption("--slow"):
+        del loops["asyncio"]
+    return loops
 
 
 @pytest.fixture(scope="session", autouse=True)

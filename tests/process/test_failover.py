@@ -339,7 +339,11 @@ class Seen:
             assert told == body.endswith(b"\n\n"), self
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(1, 11) if metafunc.config.getoption("--slow") else [1])
+
+
 def test_one_of_two_dies_every_second(
     seed: int, upstreams: tuple[Upstream, Upstream], start: Start
 ) -> None:
