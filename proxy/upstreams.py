@@ -134,7 +134,7 @@ class Upstream:
     def trouble(self, now: float) -> str | None:
         """Why it is not asked, or else how it last failed; None if all is well."""
         if not self.circuit.is_closed:
-            return f"out of rotation ({self.last_error})"
+            return f"its circuit is open ({self.last_error})"
         if self.rests_until > now:
             return f"rests for {math.ceil(self.rests_until - now)} s by its own word (429)"
         if self.is_full:
@@ -178,9 +178,9 @@ class Turn:
         if was_closed and not self._circuit.is_closed:
             fields = {"upstream": self._upstream.name, "after": why}
             fields["rest"] = f"{self._circuit.settings.rest:g} s"
-            log.warning("upstream_out", extra={"fields": fields})
+            log.warning("circuit_opened", extra={"fields": fields})
         elif self._circuit.is_closed and not was_closed:
-            log.info("upstream_back", extra={"fields": {"upstream": self._upstream.name}})
+            log.info("circuit_closed", extra={"fields": {"upstream": self._upstream.name}})
 
 
 def choose(

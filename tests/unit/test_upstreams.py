@@ -209,16 +209,16 @@ def test_what_ails_it(caplog: pytest.LogCaptureFixture) -> None:
     up.rest(4.2, clock.now)
     assert up.trouble(clock.now) == "rests for 5 s by its own word (429)"
     turn.end(Verdict.FAILURE, "server_error")
-    assert up.trouble(clock.now) == "out of rotation (server_error)"
+    assert up.trouble(clock.now) == "its circuit is open (server_error)"
     clock.now += 30
     up.begin(clock).end(Verdict.FAILURE, "upstream_aborted")  # in vain: nothing new
-    assert up.trouble(clock.now) == "out of rotation (upstream_aborted)"
+    assert up.trouble(clock.now) == "its circuit is open (upstream_aborted)"
     up.begin(clock).end(Verdict.SUCCESS)
     assert up.trouble(clock.now) is None
     said = [(each.message, vars(each)["fields"]) for each in caplog.records]
     assert said == [
-        ("upstream_out", {"upstream": "up", "after": "server_error", "rest": "30 s"}),
-        ("upstream_back", {"upstream": "up"}),
+        ("circuit_opened", {"upstream": "up", "after": "server_error", "rest": "30 s"}),
+        ("circuit_closed", {"upstream": "up"}),
     ]
 
 
