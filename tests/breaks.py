@@ -208,13 +208,6 @@ BREAKS = [
         "test_limits",
     ),
     Break(
-        "a client's key goes up",
-        "upstreams.py",
-        "drops_credentials=settings.injects or has_clients",
-        "drops_credentials=settings.injects",
-        "test_clients",
-    ),
-    Break(
         "a model that is named twice passes",
         "auth.py",
         "if ask.model is None or twice:",
