@@ -131,9 +131,10 @@ class FirstEvent:
         if self._seen:
             return True
         for match in _EVENT_END.finditer(self.held, searched):
-            event, self._begin = bytes(self.held[self._begin : match.end()]), match.end()
-            if event_data(event):
-                self.is_error = is_error(event)
+            begin, self._begin = self._begin, match.end()
+            event = bytes(self.held[begin : match.end()])
+            if event_data(event, first=not begin):
+                self.is_error = is_error(event, first=not begin)
                 self._seen = True
                 return True
         self._seen = len(self.held) > _MAX_HELD
@@ -177,10 +178,11 @@ def events_of(stream: bytes) -> list[bytes]:
     return events
 
 
-def event_data(event: bytes) -> bytes:
-    """The data of one event, its lines joined with LF."""
+def event_data(event: bytes, *, first: bool = True) -> bytes:
+    """The data of one event, its lines joined with LF. A byte order mark is ignored where a stream
+    begins, so in its `first` event only."""
     lines = []
-    for line in _LINE_END.split(event.removeprefix(_BOM)):
+    for line in _LINE_END.split(event.removeprefix(_BOM) if first else event):
         name, colon, value = line.partition(b":")
         if name == b"data" and colon:
             lines.append(value.removeprefix(b" "))
@@ -230,12 +232,12 @@ def _filled(delta: Any) -> bool:
     )
 
 
-def is_error(event: bytes) -> bool:
+def is_error(event: bytes, *, first: bool = True) -> bool:
     """Whether an event reports an error: by its name, as `{"error": {...}}`, or by a type that says so
     (`object` of vLLM)."""
     if _NAMED_ERROR.search(event):
         return True
-    document = _object(event_data(event))
+    document = _object(event_data(event, first=first))
     if document is None:
         return False
     if document.get("error") or document.get("object") == "error":

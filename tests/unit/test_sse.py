@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.sse import (
@@ -535,6 +535,7 @@ ANY_STREAM = st.lists(
 ).map(b"".join)
 
 
+@settings(max_examples=500, deadline=None)
 @given(ANY_STREAM, st.lists(st.integers(0, 60), max_size=12))
 def test_any_split_has_the_same_first_event(stream: bytes, sizes: list[int]) -> None:
     pieces, at = [], 0
@@ -579,10 +580,10 @@ def test_a_first_event_that_comes_byte_by_byte_is_not_read_over_and_over(
 ) -> None:
     read = 0
 
-    def counted(stream: bytes) -> bytes:
+    def counted(stream: bytes, *, first: bool = True) -> bytes:
         nonlocal read
         read += len(stream)
-        return event_data(stream)
+        return event_data(stream, first=first)
 
     monkeypatch.setattr("proxy.sse.event_data", counted)
     stream = b": ping\n\n" * 5000 + REFUSED
