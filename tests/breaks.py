@@ -245,7 +245,7 @@ BREAKS = [
     Break(
         "a first event that is an error is an answer",
         "sse.py",
-        "self.is_error = is_error(event)",
+        "self.is_error = is_error(event, first=not begin)",
         "self.is_error = False",
         "test_attempts",
     ),
